@@ -1,0 +1,1 @@
+"""Data that describes clusters; no code."""

@@ -1,0 +1,118 @@
+"""One tree of errors. Each carries a machine code, a sentence, the fields at fault and a hint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class TunesmithError(Exception):
+    """The root of every error the platform raises on purpose.
+
+    `code` is for programs and `message` for people: what was given, what is allowed. `fields` are dotted paths into
+    the request, `hint` says what to do. `status` is the HTTP status the door answers with and `reason` the word
+    (contracts.md, section 6) a job ends with. It pickles, so it crosses Ray unchanged.
+    """
+
+    code = "platform_error"
+    status = 500
+    reason = "platform_error"
+
+    def __init__(
+        self, message: str, *, fields: Sequence[str] = (), hint: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = list(fields)
+        self.hint = hint
+        if code is not None:
+            self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.fields, self.hint, self.code)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The body of the one error shape, without its request id."""
+        return {"code": self.code, "message": self.message, "fields": self.fields, "hint": self.hint}
+
+
+class SpecError(TunesmithError):
+    """What was asked for is not allowed, or names what is not there."""
+
+    code = "invalid_spec"
+    status = 422
+    reason = "user_error"
+
+
+class DataError(TunesmithError):
+    """A dataset, or a file of it, is not what it says or not what the job needs."""
+
+    code = "invalid_data"
+    status = 422
+    reason = "data_error"
+
+
+class ModelError(TunesmithError):
+    """A model's files do not load, or do not fit together."""
+
+    code = "invalid_model"
+    status = 422
+    reason = "user_error"
+
+
+class NotFoundError(TunesmithError):
+    """There is nothing of that name."""
+
+    code = "not_found"
+    status = 404
+    reason = "user_error"
+
+
+class ConflictError(TunesmithError):
+    """The request contradicts what is there already."""
+
+    code = "conflict"
+    status = 409
+    reason = "user_error"
+
+
+class AuthError(TunesmithError):
+    """No token, or a wrong one."""
+
+    code = "unauthorized"
+    status = 401
+    reason = "user_error"
+
+
+class StorageError(TunesmithError):
+    """The storage did not do what was asked, after its client's own retries."""
+
+    code = "storage_unavailable"
+    status = 503
+
+
+class UnavailableError(TunesmithError):
+    """Something the platform needs does not answer just now; the same call may go through later."""
+
+    code = "unavailable"
+    status = 503
+
+
+class LeaseLostError(TunesmithError):
+    """Another reconciler holds the lease; this one must stop writing."""
+
+    code = "lease_lost"
+    status = 503
+
+
+def _rebuild(
+    kind: type[TunesmithError], message: str, fields: list[str], hint: str | None, code: str
+) -> TunesmithError:
+    return kind(message, fields=fields, hint=hint, code=code)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """A hint that names the known word closest to `name`, or None when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else None

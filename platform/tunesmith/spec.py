@@ -1,0 +1,148 @@
+"""What a user asks for (a spec) and what a job runs with (a job: the spec with every default filled in)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tunesmith.errors import SpecError, nearest
+
+SCHEMA_VERSION = 1
+
+TEXT_TYPES = ("text-question-answering", "text-generation")
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrainSpec(Frozen):
+    """An order for a training run (contracts.md, section 9)."""
+
+    kind: Literal["train"] = "train"
+    name: str | None = None
+    """What the user calls the job; default: the output model's name."""
+    model: str
+    dataset: str
+    training_type: str | None = None
+    """Default: the model's task type."""
+    method: Literal["LoRA"] = "LoRA"
+    hyperparameters: dict[str, Any] = {}
+    advanced: dict[str, Any] = {}
+    flavor: str
+    cards: int = Field(default=1, ge=1, le=1024)
+    output_model: str
+    priority: int = Field(default=0, ge=-100, le=100)
+    max_run_time_s: int | None = Field(default=None, ge=1)
+
+
+class RegisterSpec(Frozen):
+    """A request to take files from `source` in as a new version of a model or dataset."""
+
+    kind: Literal["register"] = "register"
+    asset: Literal["model", "dataset"]
+    name: str
+    source: str
+    """A folder, a file, or an `s3://` or `obs://` prefix that the cluster can read."""
+    task_type: str | None = None
+    """For models: default is what the card's front matter says (`task_type`)."""
+
+
+Spec = Annotated[TrainSpec | RegisterSpec, Field(discriminator="kind")]
+
+
+class TrainJob(Frozen):
+    """`job.json` of a training run: everything the driver needs, never a secret."""
+
+    schema_version: Literal[1] = 1
+    id: str
+    account: str
+    kind: Literal["train"] = "train"
+    name: str
+    model: str
+    """`NAME@VERSION`, the version always given."""
+    dataset: str
+    training_type: str
+    method: Literal["LoRA"] = "LoRA"
+    hyperparameters: dict[str, Any]
+    advanced: dict[str, Any]
+    flavor: str
+    cards: int
+    resources: dict[str, float]
+    """Ray resources of one worker; the job has `cards` workers."""
+    output_model: str
+    """`NAME@VERSION` of the new model."""
+    priority: int = 0
+    max_run_time_s: int | None = None
+    model_url: str
+    """Prefix of the base model, which holds `files/` and `manifest.json`; likewise the next two."""
+    dataset_url: str
+    output_url: str
+    job_url: str
+    """Prefix of the job."""
+    created_at: str
+
+
+class RegisterJob(Frozen):
+    """`job.json` of a registration: copy, check, and publish as `output`."""
+
+    schema_version: Literal[1] = 1
+    id: str
+    account: str
+    kind: Literal["register"] = "register"
+    name: str
+    asset: Literal["model", "dataset"]
+    source: str
+    task_type: str | None = None
+    output: str
+    """`NAME@VERSION` of the new model or dataset."""
+    output_url: str
+    job_url: str
+    created_at: str
+
+
+Job = Annotated[TrainJob | RegisterJob, Field(discriminator="kind")]
+
+_SPEC: TypeAdapter[TrainSpec | RegisterSpec] = TypeAdapter(Spec)
+_JOB: TypeAdapter[TrainJob | RegisterJob] = TypeAdapter(Job)
+
+
+def parse_spec(data: Any) -> TrainSpec | RegisterSpec:
+    """A spec from decoded JSON or YAML; SpecError names every field at fault."""
+    if isinstance(data, dict) and "kind" not in data:
+        data = {"kind": "train", **data}
+    try:
+        return _SPEC.validate_python(data)
+    except ValidationError as error:
+        raise spec_error(error) from None
+
+
+def parse_job(text: str | bytes) -> TrainJob | RegisterJob:
+    """A job from the text of its `job.json`; SpecError says what is wrong with it."""
+    try:
+        return _JOB.validate_json(text)
+    except ValidationError as error:
+        raise spec_error(error) from None
+
+
+def spec_error(error: ValidationError) -> SpecError:
+    """One SpecError out of pydantic's list: each field, what was given, what is allowed."""
+    fields, sentences, hint = [], [], None
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"] if part not in ("train", "register", "body"))
+        fields.append(path)
+        if item["type"] == "extra_forbidden":
+            known = [*TrainSpec.model_fields, *RegisterSpec.model_fields]
+            hint = hint or nearest(path, known)
+            sentences.append(f"there is no field {path!r}")
+        elif item["type"] == "missing":
+            sentences.append(f"{path} is missing")
+        else:
+            sentences.append(f"{path or 'the document'}: {item['msg']}, got {_short(item['input'])}")
+    return SpecError("; ".join(sentences), fields=fields, hint=hint)
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

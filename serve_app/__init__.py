@@ -1,0 +1,1 @@
+"""The front door: Ray Serve and FastAPI. Holds no job state."""
