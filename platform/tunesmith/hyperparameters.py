@@ -1,4 +1,4 @@
-"""The hyperparameters of the text recipe: one definition that checks, defaults and documents (contracts.md, section 3)."""
+"""Hyperparameters of the text recipe: one definition checks, defaults and documents (contracts.md, section 3)."""
 
 from __future__ import annotations
 
@@ -128,9 +128,14 @@ def resolve(
 def _check(h: Hyperparameter, value: Any, section: str) -> Value:
     if value is None and h.optional:
         return None
-    value = float(value) if h.type is float and type(value) is int else value
-    if type(value) is not h.type or (h.type is float and not math.isfinite(value)):
+    if h.type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not h.type or value != value or value in (math.inf, -math.inf):  # a NaN differs from itself
         raise _refusal(h, value, section, f"must be of type {h.type.__name__}")
+    return _check_range(h, value, section)
+
+
+def _check_range(h: Hyperparameter, value: Any, section: str) -> Value:
     if h.choices and value not in h.choices:
         raise _refusal(h, value, section, f"must be one of {', '.join(map(str, h.choices))}")
     if (h.minimum is not None and value < h.minimum) or (h.maximum is not None and value > h.maximum):

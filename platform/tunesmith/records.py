@@ -101,7 +101,7 @@ class RecordStore:
         """NotFoundError (unknown_job) where there is none, or where it was deleted."""
         raise NotImplementedError
 
-    def list(
+    def page(
         self,
         *,
         kind: str | None = None,
@@ -110,7 +110,7 @@ class RecordStore:
         before: str | None = None,
         newest_first: bool = True,
     ) -> list[Record]:
-        """Records of jobs that are not deleted, by time of creation and id; `before` is the id the page goes on after."""
+        """Records of jobs that are not deleted, by creation and id; `before` is the id the page goes on after."""
         raise NotImplementedError
 
     def change(

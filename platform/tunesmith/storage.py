@@ -38,7 +38,7 @@ class Storage(ABC):
     @abstractmethod
     def exists(self, key: str) -> bool: ...
     @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
         """All objects below the folder `prefix`, sorted by key."""
 
     @abstractmethod
