@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from tunesmith import layout
+from tunesmith.errors import ConflictError, SpecError, nearest
 from tunesmith.storage import Storage
 
 
@@ -64,20 +68,34 @@ Manifest.model_rebuild()
 def get_manifest(storage: Storage, kind: str, ref: str, *, field: str | None = None) -> Manifest:
     """The manifest of `NAME@VERSION`, or of the newest version for a bare NAME.
 
-    Raises SpecError (code unknown_model / unknown_dataset, fields=[field or kind]) naming the nearest there is and the
-    versions there are.
+    Raises SpecError (code unknown_model or unknown_dataset) that names the nearest there is or the versions there are.
     """
-    raise NotImplementedError
+    field = field or kind
+    name, version = layout.parse_ref(ref, field=field)
+    versions = _versions(storage, kind, name)
+    if version is None and versions:
+        version = versions[-1]
+    if version is None or version not in versions:
+        names = storage.children(layout.ASSET_FOLDERS[kind])
+        there = f"{name} has version {', '.join(map(str, versions))}" if versions else nearest(name, names)
+        raise SpecError(
+            f"there is no {kind} {ref!r}",
+            fields=[field],
+            hint=there or f"`tunesmith {layout.ASSET_FOLDERS[kind]} list` shows those there are",
+            code=f"unknown_{kind}",
+        )
+    return _read(storage, kind, name, version)
 
 
 def list_manifests(storage: Storage, kind: str, *, name: str | None = None) -> list[Manifest]:
     """All published versions, sorted by name and version."""
-    raise NotImplementedError
+    names = [name] if name is not None else storage.children(layout.ASSET_FOLDERS[kind])
+    return [_read(storage, kind, each, version) for each in names for version in _versions(storage, kind, each)]
 
 
 def newest_version(storage: Storage, kind: str, name: str) -> int:
     """The highest published version, 0 where there is none."""
-    raise NotImplementedError
+    return max(_versions(storage, kind, name), default=0)
 
 
 def publish(storage: Storage, manifest: Manifest) -> None:
@@ -85,9 +103,34 @@ def publish(storage: Storage, manifest: Manifest) -> None:
 
     Published before by the same job: does nothing. By another: ConflictError.
     """
-    raise NotImplementedError
+    key = layout.asset_manifest(manifest.kind, manifest.name, manifest.version)
+    if storage.put_if_absent(key, manifest.model_dump_json(indent=2).encode()):
+        return
+    there = Manifest.model_validate_json(storage.get(key))
+    if there.job != manifest.job:
+        raise ConflictError(f"{manifest.kind} {manifest.ref} was published already, by job {there.job}")
 
 
-def hash_file(path: Any) -> str:
+def describe_files(folder: Path) -> list[File]:
+    """Path, size and sha256 of every file below a local folder, sorted by path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        File(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=hash_file(path))
+        for path in paths
+    ]
+
+
+def hash_file(path: Path) -> str:
     """sha256 of a local file, hexadecimal, read in pieces."""
-    raise NotImplementedError
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions(storage: Storage, kind: str, name: str) -> list[int]:
+    folders = storage.children(f"{layout.ASSET_FOLDERS[kind]}/{name}")
+    numbers = sorted(int(folder) for folder in folders if folder.isdecimal())
+    return [number for number in numbers if storage.exists(layout.asset_manifest(kind, name, number))]
+
+
+def _read(storage: Storage, kind: str, name: str, version: int) -> Manifest:
+    return Manifest.model_validate_json(storage.get(layout.asset_manifest(kind, name, version)))

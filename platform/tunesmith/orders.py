@@ -5,14 +5,22 @@ Used alike by the front door and by `tunesmith jobs render`; reads manifests fro
 
 from __future__ import annotations
 
+import secrets
+import time
+
+from tunesmith import layout
+from tunesmith.catalog import Manifest, get_manifest, newest_version
+from tunesmith.errors import DataError, SpecError, nearest
+from tunesmith.flavors import get_flavor
+from tunesmith.hyperparameters import ADVANCED, GUIDE, Value, resolve
 from tunesmith.settings import Settings
-from tunesmith.spec import RegisterJob, RegisterSpec, TrainJob, TrainSpec
+from tunesmith.spec import TEXT_TYPES, RegisterJob, RegisterSpec, TrainJob, TrainSpec
 from tunesmith.storage import Storage
 
 
 def new_job_id() -> str:
-    """A new job's id: `job-` and 16 characters that grow with time."""
-    raise NotImplementedError
+    """A new job's id: `job-`, the time in milliseconds and 32 random bits, in hexadecimal; grows with time."""
+    return f"job-{time.time_ns() // 1_000_000:012x}{secrets.token_hex(4)}"
 
 
 def draft(
@@ -20,12 +28,125 @@ def draft(
 ) -> TrainJob | RegisterJob:
     """Check `spec` and fill it in; the output's version is one above the newest in storage.
 
-    Raises SpecError (also DataError for a dataset without the named columns) that says what was given, what is allowed
+    Raises SpecError, or DataError for a dataset without the named columns, that says what was given, what is allowed
     and what to do.
     """
-    raise NotImplementedError
+    if isinstance(spec, RegisterSpec):
+        return _draft_registration(spec, storage=storage, account=account, job_id=job_id, created_at=created_at)
+    layout.check_name(spec.output_model, field="output_model")
+    model = get_manifest(storage, "model", spec.model)
+    dataset = get_manifest(storage, "dataset", spec.dataset)
+    training_type = _training_type(spec, model)
+    hyperparameters = resolve(spec.hyperparameters, GUIDE, section="hyperparameters")
+    advanced = resolve(spec.advanced, ADVANCED, section="advanced")
+    _check_files(dataset, hyperparameters)
+    _check_columns(dataset, hyperparameters, training_type)
+    version = newest_version(storage, "model", spec.output_model) + 1
+    return TrainJob(
+        id=job_id,
+        account=account,
+        name=spec.name or spec.output_model,
+        model=model.ref,
+        dataset=dataset.ref,
+        training_type=training_type,
+        method=spec.method,
+        hyperparameters=hyperparameters,
+        advanced=advanced,
+        flavor=spec.flavor,
+        cards=spec.cards,
+        resources=get_flavor(spec.flavor).resources(),
+        output_model=f"{spec.output_model}@{version}",
+        priority=spec.priority,
+        max_run_time_s=spec.max_run_time_s,
+        model_url=layout.join(storage.url, layout.asset("model", model.name, model.version)),
+        dataset_url=layout.join(storage.url, layout.asset("dataset", dataset.name, dataset.version)),
+        output_url=layout.join(storage.url, layout.asset("model", spec.output_model, version)),
+        job_url=layout.join(storage.url, layout.job(job_id)),
+        created_at=created_at,
+    )
 
 
 def with_version(job: TrainJob | RegisterJob, version: int) -> TrainJob | RegisterJob:
     """The same job, with another version of its output."""
-    raise NotImplementedError
+    url = f"{job.output_url.rpartition('/')[0]}/{version}"
+    if isinstance(job, RegisterJob):
+        return job.model_copy(update={"output": f"{job.output.partition('@')[0]}@{version}", "output_url": url})
+    name = job.output_model.partition("@")[0]
+    return job.model_copy(update={"output_model": f"{name}@{version}", "output_url": url})
+
+
+def _draft_registration(
+    spec: RegisterSpec, *, storage: Storage, account: str, job_id: str, created_at: str
+) -> RegisterJob:
+    layout.check_name(spec.name, field="name")
+    version = newest_version(storage, spec.asset, spec.name) + 1
+    return RegisterJob(
+        id=job_id,
+        account=account,
+        name=f"register-{spec.asset}-{spec.name}",
+        asset=spec.asset,
+        source=spec.source,
+        task_type=spec.task_type,
+        output=f"{spec.name}@{version}",
+        output_url=layout.join(storage.url, layout.asset(spec.asset, spec.name, version)),
+        job_url=layout.join(storage.url, layout.job(job_id)),
+        created_at=created_at,
+    )
+
+
+def _training_type(spec: TrainSpec, model: Manifest) -> str:
+    """The training type of contracts.md, section 2, as far as the text recipe goes."""
+    asked = spec.training_type or model.task_type
+    if asked in TEXT_TYPES and model.task_type in TEXT_TYPES:
+        return asked
+    given = f"training_type {asked!r}" if spec.training_type else f"a model of task type {model.task_type!r}"
+    raise SpecError(
+        f"{model.ref} cannot be trained with {given}; allowed: {', '.join(TEXT_TYPES)}",
+        fields=["training_type"],
+        hint="leave training_type out to train with the model's own task type",
+        code="training_type_not_allowed",
+    )
+
+
+def _check_files(dataset: Manifest, hyperparameters: dict[str, Value]) -> None:
+    for name in ("train_data_file", "test_data_file"):
+        wanted = hyperparameters[name]
+        if wanted is not None and wanted not in dataset.tables:
+            raise DataError(
+                f"{dataset.ref} has no data file {wanted!r}; it has {', '.join(dataset.tables)}",
+                fields=[f"hyperparameters.{name}"],
+                hint=nearest(str(wanted), dataset.tables),
+                code="unknown_file",
+            )
+    if not training_files(dataset, hyperparameters):
+        raise DataError(
+            f"{dataset.ref} has no file to train on besides the test file {hyperparameters['test_data_file']!r}",
+            fields=["hyperparameters.test_data_file"],
+            code="no_training_data",
+        )
+
+
+def training_files(dataset: Manifest, hyperparameters: dict[str, Value]) -> list[str]:
+    """Paths of the files that are trained on: the named one, or all but the test file."""
+    named = hyperparameters["train_data_file"]
+    return [str(named)] if named is not None else [p for p in dataset.tables if p != hyperparameters["test_data_file"]]
+
+
+def _check_columns(dataset: Manifest, hyperparameters: dict[str, Value], training_type: str) -> None:
+    needed = ["prompt_field", "history_field"]
+    if training_type == "text-question-answering":
+        needed.insert(1, "response_field")
+    files = training_files(dataset, hyperparameters)
+    if hyperparameters["test_data_file"] is not None:
+        files = [*files, str(hyperparameters["test_data_file"])]
+    for path in files:
+        columns = dataset.tables[path].columns
+        for field in needed:
+            wanted = hyperparameters[field]
+            if wanted is not None and wanted not in columns:
+                raise DataError(
+                    f"{path} of {dataset.ref} has no column {wanted!r}; it has {', '.join(columns)}",
+                    fields=[f"hyperparameters.{field}"],
+                    hint=nearest(str(wanted), columns) or f"set {field} to one of the file's columns",
+                    code="missing_column",
+                )
