@@ -1,1 +1,3 @@
 """Fixtures for all tests; each kind of server has its own module."""
+
+pytest_plugins = ["tests.s3_fixture"]

@@ -56,7 +56,10 @@ class Storage(ABC):
 
     @abstractmethod
     def children(self, prefix: str = "") -> list[str]:
-        """Names of the immediate subfolders of the folder `prefix`, sorted."""
+        """Names of the immediate subfolders of the folder `prefix`, sorted.
+
+        Some S3 services go on naming a folder after its last object was deleted.
+        """
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -285,7 +288,7 @@ class S3Storage(Storage):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
     def delete_folder(self, prefix: str) -> None:
-        for entry in list(self.entries(prefix)):
+        for entry in list(self.entries(_checked(prefix))):
             self.delete(entry.key)
 
     def upload_file(self, path: Path, key: str) -> None:
