@@ -110,14 +110,12 @@ def test_a_link_inside_a_folder_storage_leads_nowhere(tmp_path: Path) -> None:
     assert [entry.key for entry in storage.entries()] == ["a/x"]
 
 
-@pytest.mark.s3
-def test_a_server_that_is_away_or_refuses_is_said_clearly(s3_server: S3Server, tmp_path: Path) -> None:
-    away = open_storage(f"s3://{BUCKET}", s3_settings(tmp_path, f"http://127.0.0.1:{free_ports(1)[0]}"))
+def test_a_server_that_is_away_is_said_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    away = open_storage("s3://bucket", s3_settings(tmp_path, f"http://127.0.0.1:{free_ports(1)[0]}"))
     with pytest.raises(StorageError, match="does not answer"):
         away.put("x", b"")
-    no_bucket = open_storage("s3://there-is-no-such-bucket", s3_settings(tmp_path, s3_server.endpoint))
-    with pytest.raises(StorageError):
-        no_bucket.put("x", b"")
 
 
 @pytest.mark.s3
