@@ -66,13 +66,22 @@ def draft(
     )
 
 
+def output(job: TrainJob | RegisterJob) -> tuple[str, str, int]:
+    """Kind, name and version of what a job makes."""
+    if isinstance(job, RegisterJob):
+        kind, ref = job.asset, job.output
+    else:
+        kind, ref = "model", job.output_model
+    name, _, version = ref.partition("@")
+    return kind, name, int(version)
+
+
 def with_version(job: TrainJob | RegisterJob, version: int) -> TrainJob | RegisterJob:
     """The same job, with another version of its output."""
+    _, name, _ = output(job)
+    field = "output" if isinstance(job, RegisterJob) else "output_model"
     url = f"{job.output_url.rpartition('/')[0]}/{version}"
-    if isinstance(job, RegisterJob):
-        return job.model_copy(update={"output": f"{job.output.partition('@')[0]}@{version}", "output_url": url})
-    name = job.output_model.partition("@")[0]
-    return job.model_copy(update={"output_model": f"{name}@{version}", "output_url": url})
+    return job.model_copy(update={field: f"{name}@{version}", "output_url": url})
 
 
 def _draft_registration(

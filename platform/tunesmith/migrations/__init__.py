@@ -1,0 +1,1 @@
+"""The schema of the record store, version by version; run by `RecordStore.migrate`."""
