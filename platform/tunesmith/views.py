@@ -1,0 +1,144 @@
+"""What the HTTP API answers: shared by the front door, which makes these, and the client, which reads them."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from tunesmith.catalog import File, Manifest, Table
+from tunesmith.orders import output
+from tunesmith.records import Event, Record
+
+T = TypeVar("T")
+
+
+class View(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Page(View, Generic[T]):
+    """A part of a list, with the way to the part that follows."""
+
+    items: list[T]
+    next: str | None
+    """Give it as `after` to read on. Lists that end have none at their end; records that grow always have one."""
+
+
+class JobView(View):
+    """A job: where it is, and what it runs with."""
+
+    id: str
+    kind: str
+    """`train` or `register`."""
+    name: str
+    account: str
+    state: str
+    phase: str | None
+    reason: str | None
+    message: str | None
+    attempt: int
+    submission_id: str | None
+    """Ray's id of the newest attempt, as the Ray dashboard shows it."""
+    output_kind: str
+    """`model` or `dataset`."""
+    output: str
+    """`NAME@VERSION` of what the job makes."""
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    job: dict[str, Any]
+    """The resolved spec, `job.json`."""
+
+
+class EventView(View):
+    seq: int
+    time: str
+    attempt: int | None
+    state: str | None
+    phase: str | None
+    reason: str | None
+    message: str | None
+    data: dict[str, Any]
+
+
+class LogView(View):
+    """Some whole lines of one worker's log."""
+
+    attempt: int
+    rank: str
+    """A worker's number, or `driver`."""
+    text: str
+
+
+class AssetView(View):
+    """A version of a model or dataset."""
+
+    kind: str
+    name: str
+    version: int
+    ref: str
+    task_type: str | None
+    base: str | None
+    dataset: str | None
+    job: str
+    created_at: str
+    size_bytes: int
+    files: list[File]
+    tables: dict[str, Table]
+    details: dict[str, Any]
+
+
+def job_view(record: Record) -> JobView:
+    kind, name, version = output(record.job)
+    status = record.status
+    return JobView(
+        id=record.id,
+        kind=record.kind,
+        name=record.name,
+        account=record.account,
+        state=status.state,
+        phase=status.phase,
+        reason=status.reason,
+        message=status.message,
+        attempt=status.attempt,
+        submission_id=record.submission_id,
+        output_kind=kind,
+        output=f"{name}@{version}",
+        created_at=record.created_at,
+        started_at=record.started_at,
+        ended_at=record.ended_at,
+        job=record.job.model_dump(mode="json"),
+    )
+
+
+def event_view(event: Event) -> EventView:
+    change = event.change
+    return EventView(
+        seq=event.seq,
+        time=event.time,
+        attempt=change.attempt,
+        state=change.state,
+        phase=change.phase,
+        reason=change.reason,
+        message=change.message,
+        data=event.data,
+    )
+
+
+def asset_view(manifest: Manifest) -> AssetView:
+    return AssetView(
+        kind=manifest.kind,
+        name=manifest.name,
+        version=manifest.version,
+        ref=manifest.ref,
+        task_type=manifest.task_type,
+        base=manifest.base,
+        dataset=manifest.dataset,
+        job=manifest.job,
+        created_at=manifest.created_at,
+        size_bytes=sum(file.size_bytes for file in manifest.files),
+        files=manifest.files,
+        tables=manifest.tables,
+        details=manifest.details,
+    )

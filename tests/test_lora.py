@@ -1,0 +1,212 @@
+"""The recipe: the same loss however the work is split, the same run however often it is cut, a real adapter."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from trainers.lora import Hooks, LossError, Outcome, Worker, loss_sum, schedule, train
+from trainers.rows import TokenizedRows, tokenize
+from tunesmith.errors import ModelError
+
+Losses = dict[int, float]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("model"))
+
+
+def tokens(count: int) -> TokenizedRows:
+    return tokenize(
+        tiny.sums(count),
+        tiny.make_tokenizer(),
+        hyperparameters=tiny.hyperparameters(),
+        advanced=tiny.advanced(),
+        training_type="text-question-answering",
+    )
+
+
+def run(
+    model_folder: Path, out: Path, *, worker: Worker = Worker(), stop_at: int | None = None, **options: Any
+) -> tuple[Losses, Outcome]:
+    """One run of the recipe; its losses by step. Checkpoints are kept as `out/STEP`."""
+    losses: Losses = {}
+    seen = 0
+
+    def report(step: int, values: Mapping[str, float]) -> None:
+        nonlocal seen
+        if "loss" in values:
+            losses[step], seen = values["loss"], step
+
+    resume_from = options.pop("resume_from", None)
+    rows, eval_rows = options.pop("rows", tokens(32)), options.pop("eval_rows", None)
+    advanced = tiny.advanced(**options.pop("advanced", {}))
+    outcome = train(
+        model_folder,
+        rows,
+        eval_rows,
+        hyperparameters=tiny.hyperparameters(**options),
+        advanced=advanced,
+        hooks=Hooks(
+            report=report,
+            save=lambda step, folder: folder.rename(out / str(step)) and None,
+            should_stop=lambda: stop_at is not None and seen + 1 >= stop_at,
+        ),
+        worker=worker,
+        resume_from=resume_from,
+        adapter_folder=out / "adapter",
+    )
+    return losses, outcome
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name} {text}"
+        )
+
+
+def _gloo_worker(rank: int, model_folder: Path, out: Path, queue: Any) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=2)
+    losses, outcome = run(
+        model_folder, out, worker=Worker(rank, 2, 0), per_device_train_batch_size=4, eval_rows=tokens(9)
+    )
+    if rank == 0:
+        queue.put((losses, outcome.eval_loss))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_do_what_one_does(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, outcome = run(model_folder, tmp_path / "one", per_device_train_batch_size=8, eval_rows=tokens(9))
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    started = [context.Process(target=_gloo_worker, args=(r, model_folder, tmp_path / "two", queue)) for r in range(2)]
+    for process in started:
+        process.start()
+    two, eval_loss = queue.get(timeout=120)
+    for process in started:
+        process.join(60)
+        assert process.exitcode == 0
+    assert two == pytest.approx(one, abs=1e-5)
+    assert eval_loss == pytest.approx(outcome.eval_loss, abs=1e-5)
+    assert_close(adapter(tmp_path / "one"), adapter(tmp_path / "two"), 1e-4)
+
+
+def test_a_global_batch_gives_the_same_run_however_it_is_split(model_folder: Path, tmp_path: Path) -> None:
+    results = []
+    for rows, passes in ((8, 1), (4, 2), (1, 8)):
+        out = tmp_path / f"{rows}"
+        out.mkdir()
+        results.append(run(model_folder, out, per_device_train_batch_size=rows, gradient_accumulation_steps=passes)[0])
+    assert results[1] == pytest.approx(results[0], abs=1e-5)
+    assert results[2] == pytest.approx(results[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(model_folder: Path, tmp_path: Path, dropout: float) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole, _ = run(model_folder, tmp_path / "whole", save_steps=3, lora_dropout=dropout)
+    first, outcome = run(model_folder, tmp_path / "cut", save_steps=3, lora_dropout=dropout, stop_at=4)
+    assert (outcome.stopped, outcome.steps, outcome.total_steps) == (True, 4, 8)
+    assert sorted(int(p.name) for p in (tmp_path / "cut").iterdir() if p.name.isdecimal()) == [3, 4]
+    (tmp_path / "rest").mkdir()
+    rest, _ = run(
+        model_folder, tmp_path / "rest", save_steps=3, lora_dropout=dropout, resume_from=tmp_path / "cut" / "3"
+    )
+    assert sorted(rest) == [4, 5, 6, 7, 8]
+    assert first | rest == whole
+    assert_close(adapter(tmp_path / "whole"), adapter(tmp_path / "rest"), 0.0)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(model_folder: Path, tmp_path: Path) -> None:
+    runs = []
+    for number, seed in enumerate((1, 1, 2)):
+        (tmp_path / str(number)).mkdir()
+        runs.append(run(model_folder, tmp_path / str(number), advanced={"seed": seed})[0])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_the_loss_falls_and_the_adapter_loads_in_stock_peft(model_folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    held_out = tokens(16)
+    losses, outcome = run(model_folder, tmp_path, advanced={"num_train_epochs": 10}, eval_rows=held_out)
+    assert outcome.eval_loss is not None
+    assert outcome.eval_loss_before is not None
+    assert outcome.eval_loss < 0.8 * outcome.eval_loss_before
+    assert losses[max(losses)] < losses[1]
+
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "adapter").eval()
+    loss, count = 0.0, 0
+    for ids, trained in zip(held_out.ids, held_out.trained, strict=True):
+        labels = torch.where(torch.from_numpy(trained), torch.from_numpy(ids).long(), -100)[None]
+        inputs = torch.from_numpy(ids).long()[None]
+        with torch.no_grad():
+            loss += float(tuned(input_ids=inputs, labels=labels).loss) * int(trained.sum())
+        count += int(trained.sum())
+    assert loss / count == pytest.approx(outcome.eval_loss, abs=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(base(input_ids=inputs).logits, tuned(input_ids=inputs).logits, atol=1e-2)
+
+
+def test_logits_at_the_trained_places_alone_give_the_models_own_loss(model_folder: Path) -> None:
+    from trainers.device import pick_device
+    from trainers.lora import collate, load_model
+
+    device = pick_device()
+    model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(), device).eval()
+    rows = tokens(5)
+    ids, trained = collate(rows, [0, 1, 2, 3, 4], device.torch_device)
+    padding = torch.tensor([[at < len(row) for at in range(ids.shape[1])] for row in rows.ids])
+    labels = torch.where(trained, ids, -100)
+    with torch.no_grad():
+        ours = loss_sum(model, ids, trained) / trained.sum()
+        stock = model(input_ids=ids, attention_mask=padding, labels=labels).loss
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
+
+
+def test_max_steps_ends_a_run_early_and_the_datas_end_ends_it_first(model_folder: Path, tmp_path: Path) -> None:
+    for number, (max_steps, steps) in enumerate(((3, 3), (1000, 8))):
+        (tmp_path / str(number)).mkdir()
+        losses, outcome = run(model_folder, tmp_path / str(number), max_steps=max_steps)
+        assert (outcome.steps, outcome.stopped, max(losses)) == (steps, False, steps)
+
+
+def test_the_learning_rate_rises_over_the_warmup_and_falls_to_the_end() -> None:
+    linear = [schedule(done, 10, 0.2, {"lr_scheduler_type": "linear"}) for done in range(11)]
+    assert linear == pytest.approx([0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0])
+    assert [schedule(done, 4, 0.0, {"lr_scheduler_type": "constant"}) for done in range(4)] == [1, 1, 1, 1]
+    assert schedule(5, 10, 0.0, {"lr_scheduler_type": "cosine"}) == pytest.approx(0.5)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step(model_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    broken = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(LossError, match="step 1 is nan"):
+        run(tmp_path / "broken", tmp_path)
+
+
+def test_modules_that_are_not_there_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        run(model_folder, tmp_path, advanced={"target_modules": "nothing_like_this"})
+    assert caught.value.fields == ["advanced.target_modules"]

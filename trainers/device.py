@@ -1,0 +1,28 @@
+"""The one place that picks the torch device and the collective backend of a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a worker computes."""
+
+    torch_device: torch.device
+    backend: str
+    """Collective backend: nccl, hccl or gloo."""
+    has_bf16: bool
+
+
+def pick_device(local_rank: int = 0) -> Device:
+    """The accelerator of this worker, or the CPU where torch sees none."""
+    if torch.cuda.is_available():
+        place = local_rank % torch.cuda.device_count()
+        return Device(torch.device("cuda", place), "nccl", torch.cuda.is_bf16_supported())
+    npu = getattr(torch, "npu", None)  # torch_npu adds it
+    if npu is not None and npu.is_available():
+        return Device(torch.device("npu", local_rank % npu.device_count()), "hccl", True)
+    return Device(torch.device("cpu"), "gloo", False)
