@@ -54,13 +54,14 @@ def run(
         advanced=advanced,
         hooks=Hooks(
             report=report,
-            save=lambda step, folder: folder.rename(out / str(step)) and None,
+            save=lambda step, folder: folder and folder.rename(out / str(step)) and None,
             should_stop=lambda: stop_at is not None and seen + 1 >= stop_at,
         ),
         worker=worker,
         resume_from=resume_from,
-        adapter_folder=out / "adapter",
     )
+    if worker.rank == 0:
+        outcome.model.save_pretrained(out / "adapter")
     return losses, outcome
 
 

@@ -1,20 +1,27 @@
-"""What a checkpoint's folder holds, written and read by the recipe."""
+"""Checkpoints: what their folder holds, and how it gets to storage and back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tunesmith import layout
+from tunesmith.attempts import checkpoints
+from tunesmith.catalog import describe_files
+from tunesmith.storage import Storage
 
 
 def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Everything needed to go on: the adapter in peft's form, the optimizer's moments, and the state."""
     from safetensors.torch import save_file
 
-    model.save_pretrained(folder / "adapter")
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     moments = {
         f"{number}.{name}": tensor.detach().cpu().contiguous()
         for number, values in optimizer.state_dict()["state"].items()
@@ -37,3 +44,38 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     return state
+
+
+def upload_checkpoint(storage: Storage, folder: Path, *, job_id: str, attempt: int, step: int, keep: int) -> None:
+    """Store a checkpoint's folder, its manifest last, and delete the attempt's oldest beyond the newest `keep`.
+
+    One that is there already, from before a restart, stands: steps done again give the same.
+    """
+    prefix = layout.checkpoint(job_id, attempt, step)
+    if not storage.exists(f"{prefix}/manifest.json"):
+        files = describe_files(folder)
+        storage.upload_folder(folder, prefix)
+        manifest = {"step": step, "files": [file.model_dump() for file in files]}
+        storage.put(f"{prefix}/manifest.json", json.dumps(manifest, indent=2).encode())
+    own = [checkpoint for checkpoint in checkpoints(storage, job_id) if checkpoint.attempt == attempt]
+    for old in own[:-keep]:
+        # Without its manifest it no longer counts, however far the deletion gets.
+        storage.delete(f"{old.key}/manifest.json")
+        storage.delete_folder(old.key)
+
+
+@contextmanager
+def newest_checkpoint(storage: Storage, job_id: str) -> Iterator[tuple[int, Path | None]]:
+    """Step and local folder of the job's newest whole checkpoint over all attempts; step 0 and None without one."""
+    there = checkpoints(storage, job_id)
+    if not there:
+        yield 0, None
+        return
+    newest = there[-1]
+    local = storage.local_path(newest.key)
+    if local is not None:
+        yield newest.step, local
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        storage.download_folder(newest.key, Path(folder))
+        yield newest.step, Path(folder)

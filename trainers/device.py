@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,3 +27,8 @@ def pick_device(local_rank: int = 0) -> Device:
     if npu is not None and npu.is_available():
         return Device(torch.device("npu", local_rank % npu.device_count()), "hccl", True)
     return Device(torch.device("cpu"), "gloo", False)
+
+
+def collective_backend(resources: Mapping[str, float]) -> str:
+    """The backend of workers that are given these Ray resources, known before any of them is there."""
+    return next((backend for name, backend in (("GPU", "nccl"), ("NPU", "hccl")) if resources.get(name)), "gloo")

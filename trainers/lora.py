@@ -48,12 +48,12 @@ class Hooks:
 
     report: Callable[[int, Mapping[str, float]], None]
     """Step and metrics: every `logging_steps`, and for the held-out loss before and after."""
-    save: Callable[[int, Path], None]
-    """Called on rank 0 with a folder that is a whole checkpoint and is gone after the call."""
+    save: Callable[[int, Path | None], None]
+    """Step, and on rank 0 a folder that is a whole checkpoint and is gone after the call."""
     should_stop: Callable[[], bool]
     """Asked at every step border; one worker's yes stops all, after a checkpoint."""
-    started: Callable[[int, int], None] = lambda total_steps, first_step: None
-    """Called on rank 0 before the first step."""
+    phase: Callable[[str, Mapping[str, int]], None] = lambda name, data: None
+    """`evaluate`, or `train` with `total_steps` and `first_step`."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Outcome:
     eval_loss_before: float | None
     eval_loss: float | None
     """Mean loss per trained token of the held-out rows, nats; before training and after."""
+    model: Any
+    """The base with its tuned adapter, a peft model."""
 
 
 def train(
@@ -79,9 +81,8 @@ def train(
     hooks: Hooks,
     worker: Worker = Worker(),
     resume_from: Path | None = None,
-    adapter_folder: Path | None = None,
 ) -> Outcome:
-    """Train an adapter for the model in `model_folder` and write it, in peft's form, to `adapter_folder` (rank 0).
+    """Train an adapter for the model in `model_folder`.
 
     `hyperparameters` and `advanced` are resolved (tunesmith.hyperparameters). The loss of a step is the mean over the
     trained tokens of its global batch, so the split into rows, passes and workers does not matter. `resume_from` is a
@@ -109,16 +110,18 @@ def train(
     first_step = state["step"] + 1
     eval_before = state.get("eval_loss_before")
     if eval_rows is not None and eval_before is None:
+        hooks.phase("evaluate", {})
         eval_before = evaluate(model, eval_rows, device, worker)
         hooks.report(0, {"eval_loss": eval_before})
-    if worker.rank == 0:
-        hooks.started(total_steps, first_step)
+    hooks.phase("train", {"total_steps": total_steps, "first_step": first_step})
 
     def save(step: int) -> None:
-        if worker.rank == 0:
-            with tempfile.TemporaryDirectory() as folder:
-                save_checkpoint(Path(folder), model, optimizer, {"step": step, "eval_loss_before": eval_before})
-                hooks.save(step, Path(folder))
+        if worker.rank > 0:
+            hooks.save(step, None)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(Path(folder), model, optimizer, {"step": step, "eval_loss_before": eval_before})
+            hooks.save(step, Path(folder))
 
     model.train()
     step, stopped = state["step"], False
@@ -171,11 +174,10 @@ def train(
 
     eval_after = None
     if eval_rows is not None and not stopped:
+        hooks.phase("evaluate", {})
         eval_after = evaluate(model, eval_rows, device, worker)
         hooks.report(step, {"eval_loss": eval_after})
-    if adapter_folder is not None and worker.rank == 0:
-        model.save_pretrained(adapter_folder)
-    return Outcome(step, total_steps, stopped, eval_before, eval_after)
+    return Outcome(step, total_steps, stopped, eval_before, eval_after, model)
 
 
 def load_model(folder: Path, h: Mapping[str, Any], advanced: Mapping[str, Any], device: Device) -> Any:
@@ -186,7 +188,6 @@ def load_model(folder: Path, h: Mapping[str, Any], advanced: Mapping[str, Any], 
     half = advanced["precision"] == "bf16" or (advanced["precision"] == "auto" and device.has_bf16)
     dtype = torch.bfloat16 if half else torch.float32
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    base.config.use_cache = False
     targets = str(advanced["target_modules"])
     config = LoraConfig(
         r=h["lora_rank"],

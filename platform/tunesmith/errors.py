@@ -99,8 +99,22 @@ class UnavailableError(TunesmithError):
     status = 503
 
 
+class WorkerLostError(TunesmithError):
+    """A process or machine that did the work is gone; what it did since its last checkpoint can be done again."""
+
+    code = "worker_lost"
+    reason = "worker_lost"
+
+
+class OutOfMemoryError(TunesmithError):
+    """The job needs more memory than its flavor has."""
+
+    code = "out_of_memory"
+    reason = "out_of_memory"
+
+
 class LeaseLostError(TunesmithError):
-    """Another reconciler holds the lease; this one must stop writing."""
+    """Another took this one's place, as the reconciler or as a job's attempt; this one must stop writing."""
 
     code = "lease_lost"
     status = 503

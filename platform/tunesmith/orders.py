@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Iterable, Mapping
 
 from tunesmith import layout
 from tunesmith.catalog import Manifest, get_manifest, newest_version
@@ -127,7 +128,7 @@ def _check_files(dataset: Manifest, hyperparameters: dict[str, Value]) -> None:
                 hint=nearest(str(wanted), dataset.tables),
                 code="unknown_file",
             )
-    if not training_files(dataset, hyperparameters):
+    if not training_files(dataset.tables, hyperparameters):
         raise DataError(
             f"{dataset.ref} has no file to train on besides the test file {hyperparameters['test_data_file']!r}",
             fields=["hyperparameters.test_data_file"],
@@ -135,17 +136,17 @@ def _check_files(dataset: Manifest, hyperparameters: dict[str, Value]) -> None:
         )
 
 
-def training_files(dataset: Manifest, hyperparameters: dict[str, Value]) -> list[str]:
-    """Paths of the files that are trained on: the named one, or all but the test file."""
+def training_files(paths: Iterable[str], hyperparameters: Mapping[str, Value]) -> list[str]:
+    """Those of a dataset's data files that are trained on: the named one, or all but the test file."""
     named = hyperparameters["train_data_file"]
-    return [str(named)] if named is not None else [p for p in dataset.tables if p != hyperparameters["test_data_file"]]
+    return [str(named)] if named is not None else [p for p in paths if p != hyperparameters["test_data_file"]]
 
 
 def _check_columns(dataset: Manifest, hyperparameters: dict[str, Value], training_type: str) -> None:
     needed = ["prompt_field", "history_field"]
     if training_type == "text-question-answering":
         needed.insert(1, "response_field")
-    files = training_files(dataset, hyperparameters)
+    files = training_files(dataset.tables, hyperparameters)
     if hyperparameters["test_data_file"] is not None:
         files = [*files, str(hyperparameters["test_data_file"])]
     for path in files:

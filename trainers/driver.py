@@ -1,0 +1,74 @@
+"""The driver of one attempt: claims it, takes the job's way, and writes how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+
+from trainers.attempt import Attempt, published
+from tunesmith import attempts, layout
+from tunesmith.attempts import Claim, EventWriter, Result
+from tunesmith.clock import utc_text
+from tunesmith.errors import LeaseLostError, SpecError
+from tunesmith.settings import Settings
+from tunesmith.spec import RegisterJob, parse_job
+from tunesmith.storage import open_storage
+
+logger = logging.getLogger(__name__)
+
+
+def drive(job_url: str, number: int, settings: Settings) -> int:
+    """Drive attempt `number` of the job whose `job.json` lies at `job_url`; the exit code.
+
+    Does nothing where the attempt was claimed before. Raises SpecError or NotFoundError where there is no such job.
+    """
+    root, job_id = layout.split_job_url(job_url)
+    storage = open_storage(root, settings)
+    job = parse_job(storage.get(layout.job_json(job_id)))
+    if job.id != job_id:
+        raise SpecError(
+            f"{job_url} is the job.json of {job.id}, not of {job_id}", hint="do not copy it: render a new one"
+        )
+    mine = Claim(submission_id=_submission_id(), host=socket.gethostname(), pid=os.getpid(), time=utc_text())
+    if not attempts.claim(storage, job_id, number, mine):
+        logging.basicConfig(level=logging.INFO)
+        logger.info("%s: attempt %d was claimed before; there is nothing to do", job_id, number)
+        return 0
+    # Imported only by the owner of an attempt: a second start ends at once.
+    from trainers.logs import log_to_job
+
+    with log_to_job(storage, job_id, number, "driver", settings):
+        with EventWriter(storage, job_id, number, segment_s=settings.segment_s) as events:
+            result = _run(Attempt(job, number, storage, settings, events))
+        result = attempts.finish(storage, job_id, number, result)
+        logger.info("%s: attempt %d %s: %s", job_id, number, result.outcome, result.message)
+    return 0 if result.outcome in ("completed", "stopped") else 1
+
+
+def _run(attempt: Attempt) -> Result:
+    job = attempt.job
+    try:
+        if published(attempt.storage, job) is not None:
+            return Result(outcome="completed", message="it was published by an earlier attempt", time=utc_text())
+        if isinstance(job, RegisterJob):
+            from trainers.registration import run_registration
+
+            return run_registration(attempt, job)
+        from trainers.training import run_training
+
+        return run_training(attempt, job)
+    except LeaseLostError as error:
+        return Result(outcome="lost", reason="worker_lost", message=str(error), time=utc_text())
+    except Exception as error:
+        # The process's border: whatever went wrong is the attempt's result.
+        logger.exception("%s: attempt %d failed", job.id, attempt.number)
+        return attempts.failure(error)
+
+
+def _submission_id() -> str | None:
+    """Ray's id of this process's job, from what its job supervisor hands over."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    submission_id: str | None = config.get("metadata", {}).get("job_submission_id")
+    return submission_id

@@ -1,0 +1,166 @@
+"""From `ray.train.report` on the workers to the job's folder and Ray's metrics, through one writer on the driver.
+
+Ray Train calls back in its controller, an actor on the driver's node. The callback passes every report on to the driver
+through a Unix socket; a thread there is the one writer of the attempt's metrics and of the events that workers cause.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from ray.train.v2.api.callback import UserCallback
+
+from tunesmith import layout
+from tunesmith.attempts import EventWriter, MetricLine
+from tunesmith.segments import SegmentWriter
+from tunesmith.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What every worker of a step says at once. The job's own values are rank 0's; `sampled` are each worker's."""
+
+    time: str
+    step: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Of the whole job: loss, throughput and the like."""
+    sampled: Mapping[str, float] = field(default_factory=dict)
+    """Of this worker: utilisation and memory."""
+    phase: str | None = None
+    """A phase that begins."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What belongs to the phase or checkpoint, for the event."""
+    message: str | None = None
+    """An event in words."""
+    products: Mapping[str, Any] | None = None
+    """At the end: how the run ended, and the files of the new model."""
+
+
+KEY = "tunesmith"
+"""Under which a Report lies in the metrics of ray.train.report."""
+
+
+class ForwardReports(UserCallback):  # type: ignore[misc]
+    """Runs in Ray Train's controller; passes reports on to the driver."""
+
+    def __init__(self, address: str, secret: bytes) -> None:
+        self._address = address
+        self._secret = secret
+        self._connection: Connection | None = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if self._connection is None:
+            self._connection = Client(self._address, "AF_UNIX", authkey=self._secret)
+        self._connection.send([each[KEY] for each in metrics])
+
+
+class ReportWriter:
+    """The driver's end. A context manager; when it is left, all that was reported is stored."""
+
+    def __init__(
+        self, storage: Storage, job_id: str, attempt: int, events: EventWriter, *, segment_s: float, secret: bytes
+    ) -> None:
+        self._attempt = attempt
+        self._events = events
+        self._gauges = Gauges(job_id, attempt)
+        self._metrics = SegmentWriter(storage, layout.metrics(job_id, attempt), max_age_s=segment_s)
+        self._folder = tempfile.TemporaryDirectory(prefix="tunesmith-")
+        self._listener = Listener(str(Path(self._folder.name) / "reports"), "AF_UNIX", authkey=secret)
+        self._secret = secret
+        self._running = False
+        self._ended = threading.Event()
+        self._reading: list[threading.Thread] = []
+        self.last_step = 0
+        """The newest step that was reported."""
+        self.products: Mapping[str, Any] | None = None
+        threading.Thread(target=self._accept, name="reports", daemon=True).start()
+
+    def callback(self) -> ForwardReports:
+        """For RunConfig(callbacks=[…]) of one run of the workers."""
+        return ForwardReports(str(self._listener.address), self._secret)
+
+    def drain(self) -> None:
+        """To be called when a run has ended: wait until all that it had reported is written."""
+        self._ended.set()
+        for thread in self._reading:
+            thread.join()
+        self._reading.clear()
+        self._ended.clear()
+
+    def close(self) -> None:
+        self._listener.close()
+        self._metrics.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> ReportWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+            except OSError:
+                return  # closed
+            thread = threading.Thread(target=self._read, args=(connection,), name="reports", daemon=True)
+            self._reading.append(thread)
+            thread.start()
+
+    def _read(self, connection: Connection) -> None:
+        # The controller may live on after its run; what it sent before the run's end is in the socket by then.
+        with connection:
+            while connection.poll(0.1) or not self._ended.is_set():
+                try:
+                    if connection.poll(0):
+                        self._write(connection.recv())
+                except (EOFError, OSError):
+                    return  # the controller is gone
+
+    def _write(self, reports: list[Report]) -> None:
+        first = reports[0]
+        lines = [self._line(first, None, name, value) for name, value in first.values.items()]
+        for rank, report in enumerate(reports):
+            lines += [self._line(report, rank, name, value) for name, value in report.sampled.items()]
+        if lines:
+            self._metrics.write(b"".join(line.model_dump_json().encode() + b"\n" for line in lines))
+            self._gauges.set(lines)
+        self.last_step = max(self.last_step, first.step)
+        if first.phase is not None or first.message is not None:
+            state = "running" if first.phase == "train" and not self._running else None
+            self._running = self._running or state is not None
+            self._events.write(first.message, state=state, phase=first.phase, **first.data)
+        if first.products is not None:
+            self.products = first.products
+
+    def _line(self, report: Report, rank: int | None, name: str, value: float) -> MetricLine:
+        return MetricLine(time=report.time, attempt=self._attempt, step=report.step, rank=rank, name=name, value=value)
+
+
+class Gauges:
+    """The newest value of every metric as `tunesmith_NAME` in Ray's metrics, tagged with job, attempt and rank."""
+
+    def __init__(self, job_id: str, attempt: int) -> None:
+        self._tags = {"job_id": job_id, "attempt": str(attempt)}
+        self._gauges: dict[str, Any] = {}
+
+    def set(self, lines: list[MetricLine]) -> None:
+        from ray.util.metrics import Gauge
+
+        for line in lines:
+            gauge = self._gauges.get(line.name)
+            if gauge is None:
+                tags = ("job_id", "attempt", "rank")
+                gauge = Gauge(f"tunesmith_{line.name}", f"{line.name} of a fine-tuning job", tag_keys=tags)
+                self._gauges[line.name] = gauge
+            gauge.set(line.value, tags={**self._tags, "rank": "" if line.rank is None else str(line.rank)})

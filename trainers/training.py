@@ -1,0 +1,185 @@
+"""A training run from the driver's side: TorchTrainer, its restarts after lost workers, and the new model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from trainers.attempt import Attempt
+from tunesmith import attempts, catalog
+from tunesmith.attempts import Result
+from tunesmith.catalog import File, Manifest
+from tunesmith.clock import utc_text
+from tunesmith.errors import LeaseLostError, OutOfMemoryError, TunesmithError, WorkerLostError
+from tunesmith.orders import output
+from tunesmith.spec import TrainJob
+
+# Read by Ray Train when it is imported. The controller takes one report of a worker in each interval.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(attempt: Attempt, job: TrainJob) -> Result:
+    """Train, publish the new model, and say how it went. Raises what ended the run."""
+    import ray
+
+    from trainers.reports import ReportWriter
+
+    started = time.time()
+    deadline = started + job.max_run_time_s if job.max_run_time_s is not None else None
+    attempt.events.write(phase="fetch")
+    ray.init(logging_level=logging.WARNING)
+    with ReportWriter(
+        attempt.storage,
+        job.id,
+        attempt.number,
+        attempt.events,
+        segment_s=attempt.settings.segment_s,
+        secret=secrets.token_bytes(32),
+    ) as reports:
+        _fit_with_restarts(attempt, job, reports, deadline)
+        products = reports.products
+    if products is None:
+        raise WorkerLostError("the workers ended without a last report")
+    summary = dict(products["summary"])
+    if summary["stopped"]:
+        return _stopped(str(products["stop_reason"] or "stopped_by_user"), summary)
+    attempt.events.write(phase="publish")
+    attempt.events.flush()
+    _publish(attempt, job, products)
+    message = f"{job.output_model} after {summary['steps']} steps"
+    return Result(outcome="completed", message=message, time=utc_text(), summary=summary)
+
+
+def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: Any, deadline: float | None) -> None:
+    """Run the workers to their end; after lost ones again from the newest checkpoint, up to `max_retries` times."""
+    for restart in range(1, int(job.advanced["max_retries"]) + 2):
+        try:
+            _fit(attempt, job, reports.callback(), deadline)
+            reports.drain()
+            return
+        except WorkerLostError as error:
+            reports.drain()
+            if restart > int(job.advanced["max_retries"]):
+                raise
+            whole = attempts.checkpoints(attempt.storage, job.id)
+            step = whole[-1].step if whole else 0
+            again = max(0, reports.last_step - step)
+            logger.warning("%s: %s", job.id, error.message)
+            attempt.events.write(
+                f"a worker was lost ({error.message}); going on from step {step}, {again} steps are done again",
+                restart=restart,
+                resumed_from_step=step,
+                steps_redone=again,
+            )
+            attempt.events.flush()
+            time.sleep(min(60, 2 ** (restart - 1) - 1))
+
+
+def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None) -> None:
+    """One run of TorchTrainer. Raises WorkerLostError, or what a worker raised."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+    from trainers.device import collective_backend
+    from trainers.worker import Task, train_worker
+
+    folder = attempt.settings.home / "runs"
+    name = f"{attempt.name}-{secrets.token_hex(4)}"
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": Task(job, attempt.number, attempt.storage.url, deadline)},
+        scaling_config=ScalingConfig(
+            num_workers=job.cards, use_gpu="GPU" in job.resources, resources_per_worker=dict(job.resources)
+        ),
+        torch_config=TorchConfig(backend=collective_backend(job.resources)),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(folder),
+            callbacks=[callback],
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+        ),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        raise _cause(error.worker_failures) from error
+    except TrainingFailedError as error:
+        raise WorkerLostError(f"Ray Train gave up: {_first_line(error)}") from error
+    finally:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _cause(failures: Mapping[int, BaseException]) -> BaseException:
+    """Why the workers ended: an error that one raised on purpose before all, for its peers then fail as well."""
+    errors = list(failures.values())
+    for error in errors:
+        if isinstance(error, TunesmithError):
+            return error
+    for rank, error in failures.items():
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+            return OutOfMemoryError(
+                f"worker {rank} ran out of memory: {_first_line(error)}",
+                hint="lower per_device_train_batch_size or max_seq_length, or choose a larger flavor",
+            )
+    lost = [rank for rank, error in failures.items() if _is_loss(error)]
+    if lost:
+        return WorkerLostError(f"worker {', '.join(map(str, lost))}: {_first_line(failures[lost[0]])}")
+    return errors[0]
+
+
+def _is_loss(error: BaseException) -> bool:
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    # A worker whose peer is gone sees its connection closed.
+    return isinstance(error, (RayError, RayTrainError)) or "Connection closed by peer" in str(error)
+
+
+def _stopped(reason: str, summary: dict[str, Any]) -> Result:
+    if reason == "worker_lost":
+        raise LeaseLostError("the attempt was given up for lost")
+    words = {"time_limit": "its time was up", "stopped_by_user": "it was stopped"}
+    message = f"{words.get(reason, reason)} at step {summary['steps']} of {summary['total_steps']}, with a checkpoint"
+    return Result(outcome="stopped", reason=reason, message=message, time=utc_text(), summary=summary)
+
+
+def _publish(attempt: Attempt, job: TrainJob, products: Mapping[str, Any]) -> None:
+    base = Manifest.model_validate_json(_read(attempt, job.model_url))
+    _, name, version = output(job)
+    catalog.publish(
+        attempt.storage,
+        Manifest(
+            kind="model",
+            name=name,
+            version=version,
+            files=[File.model_validate(file) for file in products["files"]],
+            created_at=utc_text(),
+            account=job.account,
+            job=job.id,
+            task_type=job.training_type,
+            framework=base.framework,
+            license=base.license,
+            base=job.model,
+            dataset=job.dataset,
+            details={**base.details, "adapter": True, "merged": bool(job.advanced["merge_adapter"])},
+        ),
+    )
+
+
+def _read(attempt: Attempt, url: str) -> bytes:
+    from tunesmith.storage import open_storage
+
+    return open_storage(url, attempt.settings).get("manifest.json")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

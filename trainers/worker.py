@@ -1,0 +1,194 @@
+"""A worker of a training run, as Ray Train starts it: rows made ready, the recipe run, the products stored."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray.train
+import torch
+from ray.train.v2._internal.execution import context as train_context
+
+from trainers.checkpoints import newest_checkpoint, upload_checkpoint
+from trainers.fetch import Fetched, fetch
+from trainers.logs import log_to_job
+from trainers.lora import Hooks, Worker, train
+from trainers.products import upload_products, write_products
+from trainers.reports import KEY, Report
+from trainers.rows import TokenizedRows, tokenize
+from tunesmith import layout
+from tunesmith.clock import utc_text
+from tunesmith.errors import TunesmithError
+from tunesmith.orders import training_files
+from tunesmith.settings import Settings
+from tunesmith.spec import TrainJob
+from tunesmith.storage import Storage, open_storage
+from tunesmith.tables import read_rows
+
+STOP_LOOK_S = 1.0
+"""How often the stop object is looked for, seconds."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the driver hands to every worker."""
+
+    job: TrainJob
+    attempt: int
+    root: str
+    """URL of the storage that holds the job's folder."""
+    deadline: float | None
+    """When the job's time is up, seconds since the epoch."""
+
+
+def train_worker(config: dict[str, Task]) -> None:
+    """The train function of TorchTrainer: `config` is `{"task": Task}`."""
+    task = config["task"]
+    settings = Settings.from_env()
+    storage = open_storage(task.root, settings)
+    context = ray.train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
+    # It would log every report whole; its logger is named after the file.
+    logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
+    with log_to_job(storage, task.job.id, task.attempt, str(worker.rank), settings):
+        _run(task, worker, storage, settings)
+
+
+def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> None:
+    job = task.job
+    reports = _Reports(worker)
+    torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
+    base, dataset = fetch(job.model_url, settings), fetch(job.dataset_url, settings)
+    reports.send(phase="tokenize")
+    rows, eval_rows = load_rows(job, base.folder, dataset)
+    counts = {"rows": len(rows), "skipped": rows.skipped, "truncated": rows.truncated}
+    logger.info("%s: rows %s; held out: %s", job.id, counts, len(eval_rows) if eval_rows is not None else "none")
+
+    def save(step: int, folder: Path | None) -> None:
+        if folder is not None:
+            keep = int(job.advanced["save_total_limit"])
+            upload_checkpoint(storage, folder, job_id=job.id, attempt=task.attempt, step=step, keep=keep)
+        reports.send(step, message=f"checkpoint of step {step} saved", data={"checkpoint_step": step})
+
+    with newest_checkpoint(storage, job.id) as (_, resume_from), _stop_watch(task, worker, storage) as stop:
+        outcome = train(
+            base.folder,
+            rows,
+            eval_rows,
+            hyperparameters=job.hyperparameters,
+            advanced=job.advanced,
+            hooks=Hooks(
+                report=reports.metrics,
+                save=save,
+                should_stop=lambda: stop.reason is not None,
+                phase=lambda name, data: reports.send(phase=name, data=data),
+            ),
+            worker=worker,
+            resume_from=resume_from,
+        )
+    summary: dict[str, Any] = {
+        "steps": outcome.steps,
+        "total_steps": outcome.total_steps,
+        "stopped": outcome.stopped,
+        "eval_loss_before": outcome.eval_loss_before,
+        "eval_loss": outcome.eval_loss,
+        "rows": counts,
+    }
+    files: list[dict[str, Any]] = []
+    if not outcome.stopped:
+        reports.send(outcome.steps, phase="save")
+        if worker.rank == 0:
+            with tempfile.TemporaryDirectory() as name:
+                write_products(outcome.model, base.folder, Path(name), job)
+                files = [file.model_dump() for file in upload_products(storage, Path(name), job, task.attempt)]
+    reports.send(outcome.steps, products={"summary": summary, "files": files, "stop_reason": stop.reason})
+
+
+def load_rows(job: TrainJob, model_folder: Path, dataset: Fetched) -> tuple[TokenizedRows, TokenizedRows | None]:
+    """The job's rows, tokenised, and its held-out ones where it names a test file."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
+    h = job.hyperparameters
+    options: dict[str, Any] = {
+        "hyperparameters": h,
+        "advanced": job.advanced,
+        "training_type": job.training_type,
+    }
+    files = training_files(dataset.manifest.tables, h)
+    rows = tokenize((row for name in files for row in read_rows(dataset.folder / name)), tokenizer, **options)
+    if h["test_data_file"] is None:
+        return rows, None
+    held_out = read_rows(dataset.folder / h["test_data_file"])
+    return rows, tokenize(held_out, tokenizer, **options, limit=int(h["max_eval_samples"]))
+
+
+class _Reports:
+    """Sends Reports; every worker must send the same number of them, for each is a barrier."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._process = psutil.Process()
+        self._process.cpu_percent()
+
+    def send(self, step: int = 0, **parts: Any) -> None:
+        ray.train.report({KEY: Report(time=utc_text(), step=step, **parts)})
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        if "loss" in values and self._worker.rank == 0:
+            logger.info("step %d LOSS %.4f learning rate %.3g", step, values["loss"], values["learning_rate"])
+        self.send(step, values=values, sampled=self._sample())
+
+    def _sample(self) -> dict[str, float]:
+        sampled = {
+            "cpu_utilisation_percent": self._process.cpu_percent(),
+            "memory_rss_bytes": float(self._process.memory_info().rss),
+        }
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            sampled["accelerator_memory_percent"] = 100.0 * (total - free) / total
+            sampled["accelerator_utilisation_percent"] = float(torch.cuda.utilization())
+        return sampled
+
+
+@dataclass
+class _Stop:
+    reason: str | None = None
+
+
+@contextmanager
+def _stop_watch(task: Task, worker: Worker, storage: Storage) -> Iterator[_Stop]:
+    """On rank 0, look beside the training for the stop object, the end of the job's time, and a fenced attempt."""
+    stop, done = _Stop(), threading.Event()
+
+    def look() -> None:
+        while stop.reason is None and not done.wait(STOP_LOOK_S):
+            try:
+                if storage.exists(layout.stop(task.job.id)):
+                    stop.reason = "stopped_by_user"
+                elif storage.exists(layout.result(task.job.id, task.attempt)):
+                    stop.reason = "worker_lost"
+                elif task.deadline is not None and time.time() > task.deadline:
+                    stop.reason = "time_limit"
+            except TunesmithError as error:
+                logger.warning("%s: the stop object could not be looked for: %s", task.job.id, error)
+
+    thread = threading.Thread(target=look, name="stop", daemon=True)
+    if worker.rank == 0:
+        thread.start()
+    try:
+        yield stop
+    finally:
+        done.set()
+        if worker.rank == 0:
+            thread.join()
