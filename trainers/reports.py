@@ -1,12 +1,12 @@
 """From `ray.train.report` on the workers to the job's folder and Ray's metrics, through one writer on the driver.
 
 Ray Train calls back in its controller, an actor on the driver's node. The callback passes every report on to the driver
-through a Unix socket; a thread there is the one writer of the attempt's metrics and of the events that workers cause.
+through a Unix socket and waits for its answer; a thread there is the one writer of the attempt's metrics and of the
+events that workers cause.
 """
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -21,8 +21,6 @@ from tunesmith import layout
 from tunesmith.attempts import EventWriter, MetricLine
 from tunesmith.segments import SegmentWriter
 from tunesmith.storage import Storage
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,8 @@ class ForwardReports(UserCallback):  # type: ignore[misc]
         if self._connection is None:
             self._connection = Client(self._address, "AF_UNIX", authkey=self._secret)
         self._connection.send([each[KEY] for each in metrics])
+        # Once it is answered, it is written: no report is lost when the run ends.
+        self._connection.recv()
 
 
 class ReportWriter:
@@ -77,8 +77,6 @@ class ReportWriter:
         self._listener = Listener(str(Path(self._folder.name) / "reports"), "AF_UNIX", authkey=secret)
         self._secret = secret
         self._running = False
-        self._ended = threading.Event()
-        self._reading: list[threading.Thread] = []
         self.last_step = 0
         """The newest step that was reported."""
         self.products: Mapping[str, Any] | None = None
@@ -87,14 +85,6 @@ class ReportWriter:
     def callback(self) -> ForwardReports:
         """For RunConfig(callbacks=[…]) of one run of the workers."""
         return ForwardReports(str(self._listener.address), self._secret)
-
-    def drain(self) -> None:
-        """To be called when a run has ended: wait until all that it had reported is written."""
-        self._ended.set()
-        for thread in self._reading:
-            thread.join()
-        self._reading.clear()
-        self._ended.clear()
 
     def close(self) -> None:
         self._listener.close()
@@ -113,17 +103,14 @@ class ReportWriter:
                 connection = self._listener.accept()
             except OSError:
                 return  # closed
-            thread = threading.Thread(target=self._read, args=(connection,), name="reports", daemon=True)
-            self._reading.append(thread)
-            thread.start()
+            threading.Thread(target=self._read, args=(connection,), name="reports", daemon=True).start()
 
     def _read(self, connection: Connection) -> None:
-        # The controller may live on after its run; what it sent before the run's end is in the socket by then.
         with connection:
-            while connection.poll(0.1) or not self._ended.is_set():
+            while True:
                 try:
-                    if connection.poll(0):
-                        self._write(connection.recv())
+                    self._write(connection.recv())
+                    connection.send(None)
                 except (EOFError, OSError):
                     return  # the controller is gone
 

@@ -62,10 +62,8 @@ def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: Any, deadline: 
     for restart in range(1, int(job.advanced["max_retries"]) + 2):
         try:
             _fit(attempt, job, reports.callback(), deadline)
-            reports.drain()
             return
         except WorkerLostError as error:
-            reports.drain()
             if restart > int(job.advanced["max_retries"]):
                 raise
             whole = attempts.checkpoints(attempt.storage, job.id)
