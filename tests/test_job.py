@@ -1,0 +1,181 @@
+"""A whole job, from the order to the new model, on a platform that really runs."""
+
+import json
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from tests import jobs
+from tests.ray_fixture import Running
+from tunesmith import layout
+from tunesmith.errors import SpecError
+from tunesmith.spec import TrainSpec
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def ready(platform: Running, tmp_path_factory: pytest.TempPathFactory) -> Running:
+    """The platform, with the tiny model and dataset registered."""
+    jobs.register(platform, *jobs.make_sources(tmp_path_factory.mktemp("sources")))
+    return platform
+
+
+def run(running: Running, spec: TrainSpec) -> str:
+    job = running.client.wait(running.client.submit(spec).id)
+    assert job.state == "completed", (job, jobs.log(running, job.id, "driver"))
+    return job.id
+
+
+def losses(running: Running, job_id: str) -> dict[int, float]:
+    return {line.step: line.value for line in jobs.metrics(running, job_id, "loss")}
+
+
+def model_files(running: Running, job_id: str) -> Path:
+    ref = running.client.job(job_id).output
+    name, _, version = ref.partition("@")
+    folder = running.storage.local_path(layout.asset_files("model", name, int(version)))
+    assert folder is not None
+    return folder
+
+
+def prometheus(running: Running) -> str:
+    """What Ray offers to Prometheus just now, over all its targets."""
+    discovery = Path(running.started.temp_dir) / "prom_metrics_service_discovery.json"
+    targets = [target for group in json.loads(discovery.read_text()) for target in group["targets"]]
+    return "".join(httpx.get(f"http://{target}/metrics", trust_env=False).text for target in targets)
+
+
+def test_an_order_becomes_a_new_model(ready: Running) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    exported: dict[str, list[str]] = {}
+    job = ready.client.submit(
+        jobs.spec(hyperparameters={"max_steps": 150, "save_steps": 50}, advanced={"num_train_epochs": 10})
+    )
+    for _ in ready.client.follow_events(job.id):
+        for name in ("loss", "throughput"):
+            exported.setdefault(name, []).extend(
+                re.findall(rf'^ray_tunesmith_{name}{{.*job_id="{job.id}".*}} (\S+)$', prometheus(ready), re.MULTILINE)
+            )
+    ended = ready.client.job(job.id)
+    assert ended.state == "completed", jobs.log(ready, job.id, "driver")
+
+    told = jobs.events(ready, job.id)
+    assert [event.state for event in told if event.state] == ["pending", "queued", "preparing", "running", "completed"]
+    phases = [event.phase for event in told if event.phase]
+    assert phases == ["fetch", "tokenize", "evaluate", "train", "evaluate", "save", "publish"]
+    summary = told[-1].data
+    assert summary["eval_loss"] < 0.8 * summary["eval_loss_before"]
+
+    by_step = losses(ready, job.id)
+    assert sorted(by_step) == list(range(1, 151))
+    assert {line.name for line in jobs.metrics(ready, job.id)} >= {
+        "eval_loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_s_per_card",
+        "throughput",
+        "memory_rss_bytes",
+    }
+    for name, values in exported.items():
+        own = {line.value for line in jobs.metrics(ready, job.id, name)}
+        assert values, f"{name} never reached Prometheus"
+        assert {float(value) for value in values} <= own
+    assert "LOSS" in jobs.log(ready, job.id, "0")
+
+    asset = ready.client.model(ended.output)
+    assert (asset.base, asset.dataset, asset.job, asset.task_type) == (
+        "tiny@1",
+        "tiny@1",
+        job.id,
+        "text-question-answering",
+    )
+    folder = model_files(ready, job.id)
+    base = ready.storage.local_path("models/tiny/1/files")
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        untuned = plain(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(plain, folder / "adapter")(input_ids=ids).logits
+    torch.testing.assert_close(adapted, merged, atol=1e-4, rtol=0)
+    assert not torch.allclose(untuned, adapted, atol=1e-1)
+    parameters = json.loads((folder / "training_logs" / "user_params.json").read_text())
+    assert (parameters["max_steps"], parameters["lora_rank"], parameters["num_train_epochs"]) == (150, 8, 10)
+
+
+def test_two_workers_train_as_one_does(ready: Running) -> None:
+    one = run(ready, jobs.spec(hyperparameters={"per_device_train_batch_size": 8}))
+    two = run(ready, jobs.spec(cards=2, hyperparameters={"per_device_train_batch_size": 4}))
+    assert losses(ready, two) == pytest.approx(losses(ready, one), abs=1e-4)
+    assert {line.rank for line in jobs.metrics(ready, two, "memory_rss_bytes")} == {0, 1}
+    assert jobs.log(ready, two, "1")
+
+
+def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_checkpoint(ready: Running) -> None:
+    steps = {"max_steps": 120, "save_steps": 20}
+    whole = run(ready, jobs.spec(hyperparameters=steps, advanced={"num_train_epochs": 10}))
+    job = ready.client.submit(jobs.spec(cards=1, hyperparameters=steps, advanced={"num_train_epochs": 10}))
+    jobs.wait_for_checkpoints(ready, job, 2)
+    jobs.kill(ready, "ray::RayTrainWorker")
+    assert ready.client.wait(job.id).state == "completed"
+    restarts = [event.data for event in jobs.events(ready, job.id) if "restart" in event.data]
+    assert len(restarts) == 1
+    assert restarts[0]["resumed_from_step"] >= 40
+    assert restarts[0]["resumed_from_step"] % 20 == 0
+    assert restarts[0]["steps_redone"] <= 20
+    assert ready.client.job(job.id).attempt == 1
+    assert losses(ready, job.id) == pytest.approx(losses(ready, whole), abs=1e-5)
+
+
+def test_a_stopped_job_has_saved_a_checkpoint_and_makes_no_model(ready: Running) -> None:
+    job = ready.client.submit(
+        jobs.spec(
+            output_model="never",
+            hyperparameters={"max_steps": 5000, "save_steps": 1000},
+            advanced={"num_train_epochs": 1000},
+        )
+    )
+    jobs.wait_for_event(ready, job.id, lambda event: event.state == "running")
+    assert ready.client.stop(job.id).state == "stopping"
+    ended = ready.client.wait(job.id)
+    assert (ended.state, ended.reason) == ("stopped", "stopped_by_user")
+    assert jobs.checkpoint_steps(ready, job.id)
+    assert ready.client.models(name="never").items == []
+    ready.client.delete(job.id)
+
+
+def test_a_job_whose_time_is_up_stops_with_a_checkpoint(ready: Running) -> None:
+    order = jobs.spec(
+        output_model="never",
+        max_run_time_s=1,
+        hyperparameters={"max_steps": 5000, "save_steps": 1000},
+        advanced={"num_train_epochs": 1000},
+    )
+    ended = ready.client.wait(ready.client.submit(order).id)
+    assert (ended.state, ended.reason) == ("stopped", "time_limit")
+    assert jobs.checkpoint_steps(ready, ended.id)
+
+
+def test_rows_that_cannot_be_trained_fail_the_job_with_the_row_and_are_not_tried_again(
+    ready: Running, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 7}\n')
+    assert ready.client.wait(ready.client.register_dataset("numbers", str(tmp_path)).id).state == "completed"
+    order = jobs.spec(dataset="numbers", hyperparameters={"test_data_file": None})
+    ended = ready.client.wait(ready.client.submit(order).id)
+    assert (ended.state, ended.reason, ended.attempt) == ("failed", "data_error", 1)
+    assert "row 2: column 'response' must hold text" in (ended.message or "")
+
+
+def test_columns_that_are_not_there_are_refused_at_the_order(ready: Running) -> None:
+    before = len(ready.client.jobs().items)
+    with pytest.raises(SpecError, match="has no column 'question'; it has prompt, response") as caught:
+        ready.client.submit(jobs.spec(hyperparameters={"prompt_field": "question"}))
+    assert caught.value.code == "missing_column"
+    assert len(ready.client.jobs().items) == before
