@@ -64,7 +64,8 @@ class EventLine(BaseModel):
 class MetricLine(BaseModel):
     """One line of an attempt's metrics (contracts.md, section 7)."""
 
-    model_config = ConfigDict(frozen=True)
+    # JSON has no NaN: a loss that is none is written as the text "NaN", and read as a number again.
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     time: str
     attempt: int

@@ -175,6 +175,11 @@ class RecordStore:
                 )
         return Insertion(record, response, replayed=False)
 
+    def first_answer(self, account: str, *, idempotency_key: str, body_hash: str) -> Insertion | None:
+        """What `insert` answered to this key and body before, None where it did not; errors as there."""
+        with self._engine.connect() as connection:
+            return self._first_answer(connection, account, idempotency_key, body_hash)
+
     def adopt(self, job: TrainJob | RegisterJob, *, lease: Lease) -> Record | None:
         """A `pending` record for a job that was started without a door; None where its id or output is known."""
         kind, name, version = output(job)

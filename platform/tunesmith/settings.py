@@ -22,7 +22,7 @@ class Settings:
     """
 
     home: Path
-    """Folder of this installation: database, default storage, tokens, caches, Ray's temporary folder."""
+    """Folder of this installation: database, default storage, tokens, caches, logs of `tunesmith up`."""
     storage_url: str
     """Root of the storage: a folder, `s3://bucket/prefix` or `obs://bucket/prefix`."""
     database_url: str
@@ -43,6 +43,10 @@ class Settings:
     """Port of the front door."""
     ray_dashboard_port: int = 8265
     """Port of Ray's dashboard and Jobs API, on loopback."""
+    ray_port: int = 6379
+    """Port of the Ray that `tunesmith up` starts (its GCS), on loopback."""
+    ray_temp_dir: str = "/tmp"
+    """Folder in which `tunesmith up` makes Ray's own; at most 30 characters, for Ray's sockets lie deep below it."""
     python: str = sys.executable
     """Interpreter that runs `python -m trainers` on the cluster: a full path, for Ray would take the PATH's."""
     import_roots: str = "/"
@@ -102,8 +106,8 @@ class Settings:
         return f"http://127.0.0.1:{self.ray_dashboard_port}"
 
 
-_OTHERS = {PREFIX + "ATTEMPT", PREFIX + "URL", PREFIX + "TOKEN"}
-"""Variables that belong to one process: the driver's attempt; the CLI's door and token."""
+_OTHERS = {PREFIX + "ATTEMPT", PREFIX + "URL", PREFIX + "TOKEN", PREFIX + "PLATFORM"}
+"""Variables that belong to one process: the driver's attempt; the CLI's door and token; the mark of `tunesmith up`."""
 
 
 def _parse(variable: str, text: str, annotation: str) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -14,7 +15,8 @@ TEXT_TYPES = ("text-question-answering", "text-generation")
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # The docstrings of fields are their descriptions in the OpenAPI document.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class TrainSpec(Frozen):
@@ -128,8 +130,13 @@ def parse_job(text: str | bytes) -> TrainJob | RegisterJob:
 
 def spec_error(error: ValidationError) -> SpecError:
     """One SpecError out of pydantic's list: each field, what was given, what is allowed."""
+    return refusal(error.errors(include_url=False))
+
+
+def refusal(items: Iterable[Mapping[str, Any]]) -> SpecError:
+    """As spec_error, from the list itself: FastAPI has one of its own."""
     fields, sentences, hint = [], [], None
-    for item in error.errors(include_url=False):
+    for item in items:
         path = ".".join(str(part) for part in item["loc"] if part not in ("train", "register", "body"))
         fields.append(path)
         if item["type"] == "extra_forbidden":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,7 +14,36 @@ T = TypeVar("T")
 
 
 class View(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    # The docstrings of fields are their descriptions in the OpenAPI document.
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class HealthView(View):
+    """The door answers."""
+
+    status: Literal["ok"] = "ok"
+    version: str
+
+
+class ErrorView(View):
+    """What went wrong: TunesmithError.as_dict and the request it happened in."""
+
+    code: str
+    """For programs."""
+    message: str
+    """What was given, what is allowed."""
+    fields: list[str]
+    """Dotted paths into the request."""
+    hint: str | None
+    """What to do."""
+    request_id: str
+    """As in the header X-Request-Id; the door's log has it too."""
+
+
+class ErrorBody(View):
+    """Every answer that is no success."""
+
+    error: ErrorView
 
 
 class Page(View, Generic[T]):

@@ -1,0 +1,121 @@
+"""`models`, `datasets`, `flavors`, `hyperparameters`: what there is to order with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli import tables
+from tunesmith.cli.session import AsJson, answer, follow_to_end, open_client, output
+from tunesmith.errors import SpecError, nearest
+from tunesmith.hyperparameters import ADVANCED, GUIDE
+
+if TYPE_CHECKING:
+    from tunesmith.client import Client
+    from tunesmith.views import JobView
+
+Ref = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version: the newest.")]
+OnlyName = Annotated[str | None, typer.Option("--name", help="Only versions of this name.")]
+NewName = Annotated[str, typer.Argument(help="a-z, 0-9, '.', '_' and '-'. A name there is gets a new version.")]
+Source = Annotated[str, typer.Argument(help="Folder, file, or s3:// or obs:// prefix that the cluster can read.")]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end, showing how it goes.")]
+
+
+def list_models(name: OnlyName = None, as_json: AsJson = False) -> None:
+    """All models there are."""
+    with open_client() as client:
+        page = client.models(name=name)
+    answer(page, as_json, lambda: tables.models(page.items))
+
+
+def show_model(ref: Ref, as_json: AsJson = False) -> None:
+    """One model: where it comes from, and its files."""
+    with open_client() as client:
+        view = client.model(ref)
+    answer(view, as_json, lambda: tables.asset(view))
+
+
+def register_model(
+    name: NewName,
+    source: Source,
+    task_type: Annotated[
+        str | None, typer.Option(help="text-question-answering, text-generation, or another; default: the card's.")
+    ] = None,
+    wait: Wait = True,
+    as_json: AsJson = False,
+) -> None:
+    """Take a model in: a task on the cluster copies it and checks that it loads."""
+    with open_client() as client:
+        job = client.register_model(name, _absolute(source), task_type=task_type)
+        _finish(client, job, wait=wait, as_json=as_json)
+
+
+def list_datasets(name: OnlyName = None, as_json: AsJson = False) -> None:
+    """All datasets there are."""
+    with open_client() as client:
+        page = client.datasets(name=name)
+    answer(page, as_json, lambda: tables.datasets(page.items))
+
+
+def show_dataset(ref: Ref, as_json: AsJson = False) -> None:
+    """One dataset: its columns, and its files."""
+    with open_client() as client:
+        view = client.dataset(ref)
+    answer(view, as_json, lambda: tables.asset(view))
+
+
+def register_dataset(name: NewName, source: Source, wait: Wait = True, as_json: AsJson = False) -> None:
+    """Take a dataset in: a task on the cluster copies it and reads its columns."""
+    with open_client() as client:
+        job = client.register_dataset(name, _absolute(source))
+        _finish(client, job, wait=wait, as_json=as_json)
+
+
+def list_flavors(as_json: AsJson = False) -> None:
+    """All flavors there are."""
+    with open_client() as client:
+        page = client.flavors()
+    answer(page, as_json, lambda: tables.flavors(page.items))
+
+
+def hyperparameters(
+    name: Annotated[str | None, typer.Argument(help="Only this one.")] = None, as_json: AsJson = False
+) -> None:
+    """What a job can be told by `--set` and `--advanced`: types, defaults, bounds."""
+    sections = {"hyperparameters": GUIDE, "advanced": ADVANCED}
+    if name is not None:
+        found = {section: tuple(h for h in known if h.name == name) for section, known in sections.items()}
+        sections = {section: known for section, known in found.items() if known}
+        if not sections:
+            names = [h.name for h in (*GUIDE, *ADVANCED)]
+            raise SpecError(
+                f"there is no hyperparameter {name!r}", hint=nearest(name, names), code="unknown_hyperparameter"
+            )
+    if as_json:
+        rows = [
+            {"section": section, **{f.name: getattr(h, f.name) for f in fields(h)}, "type": h.type.__name__}
+            for section, known in sections.items()
+            for h in known
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    console = output()
+    for section, known in sections.items():
+        console.print(f"{section} (--{'set' if section == 'hyperparameters' else 'advanced'})", style="bold")
+        console.print(tables.hyperparameters(known))
+
+
+def _finish(client: Client, job: JobView, *, wait: bool, as_json: bool) -> None:
+    """See a registration to its end, unless nobody waits, and answer with it."""
+    if wait:
+        raise typer.Exit(follow_to_end(client, job.id, as_json=as_json))
+    answer(job, as_json, lambda: job.id)
+
+
+def _absolute(source: str) -> str:
+    """A local path as the cluster, which runs in another folder, finds it."""
+    return source if "://" in source else str(Path(source).expanduser().absolute())

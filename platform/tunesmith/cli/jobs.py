@@ -1,0 +1,115 @@
+"""`jobs list|show|watch|events|logs|metrics|stop|delete`: what became of orders."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from tunesmith.cli import tables
+from tunesmith.cli.session import AsJson, answer, follow_to_end, messages, open_client, output
+
+JobId = Annotated[str, typer.Argument(metavar="JOB")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends; with --json a line each.")]
+
+
+def list_jobs(
+    kind: Annotated[str | None, typer.Option(help="train or register; default: both.")] = None,
+    state: Annotated[list[str] | None, typer.Option(help="Only jobs of this state; may be repeated.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    after: Annotated[str | None, typer.Option(help="Go on after this job.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Jobs, newest first."""
+    with open_client() as client:
+        page = client.jobs(kind=kind, states=state or (), limit=limit, after=after)
+    answer(page, as_json, lambda: tables.jobs(page.items))
+    if page.next is not None and not as_json:
+        messages().print(f"older ones: --after {page.next}")
+
+
+def show(job_id: JobId, as_json: AsJson = False) -> None:
+    """One job: where it is, and what it runs with."""
+    with open_client() as client:
+        job = client.job(job_id)
+    answer(job, as_json, lambda: tables.job(job))
+
+
+def watch(job_id: JobId, as_json: AsJson = False) -> None:
+    """Watch a job until it ends; the exit code says how it did."""
+    with open_client() as client:
+        raise typer.Exit(follow_to_end(client, job_id, as_json=as_json))
+
+
+def events(job_id: JobId, follow: Follow = False, as_json: AsJson = False) -> None:
+    """Everything that happened to a job, oldest first."""
+    from tunesmith.cli.progress import event_text
+    from tunesmith.client import read_on
+    from tunesmith.views import EventView, Page
+
+    console = output()
+    with open_client() as client:
+        if follow:
+            for event in client.follow_events(job_id):
+                console.print(event.model_dump_json() if as_json else event_text(event), soft_wrap=True)
+            return
+        items, place = read_on(lambda after: client.events(job_id, after=after))
+    page = Page[EventView](items=items, next=place)
+    answer(page, as_json, lambda: Text("\n").join(event_text(event) for event in items))
+
+
+def logs(
+    job_id: JobId,
+    follow: Follow = False,
+    rank: Annotated[str, typer.Option(help="A worker's number, or `driver`.")] = "driver",
+    as_json: AsJson = False,
+) -> None:
+    """What the job printed, all its attempts in turn."""
+    from tunesmith.client import read_on
+    from tunesmith.views import LogView, Page
+
+    with open_client() as client:
+        if follow:
+            for part in client.follow_logs(job_id, rank=rank):
+                typer.echo(part.model_dump_json() if as_json else part.text, nl=as_json)
+            return
+        items, place = read_on(lambda after: client.logs(job_id, rank=rank, after=after))
+    if as_json:
+        typer.echo(Page[LogView](items=items, next=place).model_dump_json(indent=2))
+    else:
+        typer.echo("".join(part.text for part in items), nl=False)
+
+
+def metrics(
+    job_id: JobId,
+    follow: Follow = False,
+    name: Annotated[list[str] | None, typer.Option(help="Only this metric; may be repeated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the job measured: a row a step, or with --follow a line a figure."""
+    from tunesmith.attempts import MetricLine
+    from tunesmith.client import read_on
+    from tunesmith.views import Page
+
+    with open_client() as client:
+        if follow:
+            for line in client.follow_metrics(job_id, names=name or ()):
+                typer.echo(line.model_dump_json() if as_json else tables.metric_text(line))
+            return
+        lines, place = read_on(lambda after: client.metrics(job_id, names=name or (), after=after))
+    answer(Page[MetricLine](items=lines, next=place), as_json, lambda: tables.metrics(lines))
+
+
+def stop(job_id: JobId, as_json: AsJson = False) -> None:
+    """Stop a job; one that trains saves a checkpoint first. One that has ended stays as it is."""
+    with open_client() as client:
+        job = client.stop(job_id)
+    answer(job, as_json, lambda: f"{job.id} is {job.state}")
+
+
+def delete(job_id: JobId) -> None:
+    """Delete a job that has ended, with its logs, metrics and checkpoints; the model it made stays."""
+    with open_client() as client:
+        client.delete(job_id)
+    output().print(f"{job_id} is deleted")

@@ -1,0 +1,80 @@
+"""An order as written by a user: a YAML or JSON file, and flags over it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.errors import SpecError
+from tunesmith.hyperparameters import ADVANCED, GUIDE, Hyperparameter, Value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's words: `off` is a text and 2e-4 a number, where PyYAML's 1.1 has a boolean and a text."""
+
+
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in known if first not in "yYnNoO" or not tag.endswith(":bool")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# After those of integers, which it would take as well.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT.pattern + "$"), list("-+.0123456789"))
+
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def read_order(file: str) -> dict[str, Any]:
+    """The document in `file` (`-`: stdin); SpecError for what is no mapping in YAML or JSON."""
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        document = json.loads(text)
+    except ValueError:  # YAML, then; JSON first, for YAML does not take JSON's tabs
+        try:
+            document = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise SpecError(f"{file} is neither YAML nor JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise SpecError(f"{file} must hold one mapping, such as `model: NAME`, got {type(document).__name__}")
+    return document
+
+
+def with_flags(
+    order: Mapping[str, Any], flags: Mapping[str, Any], *, hyperparameters: Sequence[str], advanced: Sequence[str]
+) -> dict[str, Any]:
+    """The order with the flags over it; NAME=VALUE texts get the type of their hyperparameter."""
+    merged = {**order, **flags}
+    for section, given, known in (("hyperparameters", hyperparameters, GUIDE), ("advanced", advanced, ADVANCED)):
+        if given:
+            there = merged.get(section) or {}
+            if not isinstance(there, Mapping):
+                raise SpecError(f"{section} must be a mapping, got {there!r}", fields=[section])
+            merged[section] = {**there, **dict(_typed(text, section, known) for text in given)}
+    return merged
+
+
+def _typed(text: str, section: str, known: Sequence[Hyperparameter]) -> tuple[str, Value]:
+    """Name and value of one NAME=VALUE. What does not fit the type stays a text, which the door refuses."""
+    name, sign, raw = text.partition("=")
+    if not sign or not name:
+        raise SpecError(f"a hyperparameter is given as NAME=VALUE, got {text!r}", fields=[section])
+    h = next((h for h in known if h.name == name), None)
+    if h is None:
+        return name, raw
+    if raw == "" and h.optional:
+        return name, None
+    if h.type is bool:
+        return name, _BOOLEANS.get(raw.lower(), raw)
+    try:
+        return name, h.type(raw)
+    except ValueError:
+        return name, raw

@@ -1,0 +1,71 @@
+"""Process trees that can be ended whole: what was started, what that started, and what tried to get away.
+
+A child that called `setsid` and whose parent died is in no tree any more. So everything is started with a mark in its
+environment, which every descendant inherits.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+
+import psutil
+
+
+def find(pid: int, created: float) -> psutil.Process | None:
+    """The process of that id, if it lives and is not a later one that was given the same id."""
+    try:
+        process = psutil.Process(pid)
+        # psutil derives the time from the machine's boot time, which a clock that is set moves a little.
+        return process if abs(process.create_time() - created) < 5 and is_alive(process) else None
+    except psutil.Error:
+        return None
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs; a zombie does not, however long its parent leaves it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def members(root: psutil.Process | None, variable: str, mark: str) -> list[psutil.Process]:
+    """`root`, all below it, and every process whose environment holds `variable` = `mark`; never this one."""
+    found: dict[int, psutil.Process] = {}
+    if root is not None:
+        with suppress(psutil.NoSuchProcess):
+            found = {process.pid: process for process in (root, *root.children(recursive=True))}
+    for process in psutil.process_iter():
+        try:
+            if process.pid not in found and process.environ().get(variable) == mark:
+                found[process.pid] = process
+        except (psutil.Error, OSError):
+            continue  # another user's process, or one that is gone
+    found.pop(os.getpid(), None)
+    return [process for process in found.values() if is_alive(process)]
+
+
+def end(root: psutil.Process | None, variable: str, mark: str, *, limit_s: float = 15.0) -> list[psutil.Process]:
+    """Kill `root` and everything that belongs to it, as `members` finds it; returns those that ended.
+
+    All are frozen before one is killed, so that none sees another die and takes it for a fault: a job's driver whose
+    Ray goes away would call the job failed.
+    """
+    seen: dict[int, psutil.Process] = {}
+    deadline = time.monotonic() + limit_s
+    while new := [process for process in members(root, variable, mark) if process.pid not in seen]:
+        for process in new:
+            seen[process.pid] = process
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+    while (left := [process for process in seen.values() if is_alive(process)]) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.02)
+    if root is not None:
+        with suppress(psutil.Error):
+            root.wait(timeout=0)  # where it is this process's own child, it is a zombie until then
+    return [process for process in seen.values() if not is_alive(process)]

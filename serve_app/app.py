@@ -1,0 +1,56 @@
+"""The front door's HTTP API. Routes parse, call one service function, and return a view of tunesmith.views."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI, Security
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+
+from serve_app import assets, jobs
+from serve_app.answers import add_error_handlers
+from serve_app.border import Border
+from serve_app.door import Door
+from tunesmith import __version__
+from tunesmith.records import RecordStore
+from tunesmith.settings import Settings
+from tunesmith.storage import open_storage
+from tunesmith.views import HealthView
+
+_ABOUT = "Pick a model, pick data, get a new model. Every answer that is no success has the one shape `ErrorBody`."
+
+health = APIRouter(tags=["health"])
+
+
+@health.get("/healthz")
+def get_health() -> HealthView:
+    """Whether the door answers; needs no token."""
+    return HealthView(version=__version__)
+
+
+def make_app(settings: Settings, *, proxied: bool = False) -> FastAPI:
+    """The door over the record store and storage of `settings`; `proxied`: behind Serve's proxy."""
+    app = FastAPI(
+        title="Tunesmith",
+        version=__version__,
+        description=_ABOUT,
+        redirect_slashes=False,
+        generate_unique_id_function=_operation_id,
+    )
+    app.state.door = Door(
+        settings=settings,
+        store=RecordStore(settings.database_url),
+        storage=open_storage(settings.storage_url, settings),
+    )
+    # Border checks the token, before any body is read; this writes it into the OpenAPI document.
+    bearer = Security(HTTPBearer(auto_error=False, description="the door's token"))
+    app.include_router(health)
+    for router in (jobs.router, assets.router):
+        app.include_router(router, dependencies=[bearer])
+    add_error_handlers(app)
+    app.add_middleware(Border, token_path=settings.api_token_path, proxied=proxied)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    """The name of a method in a generated client."""
+    return route.name

@@ -1,0 +1,122 @@
+"""Routes of what jobs are made of: models, datasets and flavors."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Query, Response
+from pydantic import Field
+
+from serve_app import examples
+from serve_app.answers import documented
+from serve_app.door import Door, DoorDep
+from serve_app.jobs import REPLAY, IdempotencyKey, answer_order
+from serve_app.ordering import place
+from tunesmith.catalog import get_manifest, list_manifests
+from tunesmith.errors import NotFoundError, SpecError
+from tunesmith.flavors import Flavor, load_flavors
+from tunesmith.layout import check_name
+from tunesmith.spec import Frozen, RegisterSpec
+from tunesmith.views import AssetView, JobView, Page, asset_view
+
+router = APIRouter(prefix="/v1")
+
+NameQuery = Annotated[str | None, Query(description="only the versions of this name")]
+
+
+class RegisterModel(Frozen):
+    """Take files in as a new version of a model."""
+
+    name: str
+    source: str
+    """A full path on the door's machine, or an `s3://` or `obs://` prefix."""
+    task_type: str | None = Field(default=None, min_length=1, max_length=63)
+    """Default: what the card's front matter says."""
+
+
+class RegisterDataset(Frozen):
+    """Take files in as a new version of a dataset."""
+
+    name: str
+    source: str
+    """A full path on the door's machine, or an `s3://` or `obs://` prefix."""
+
+
+@router.get("/flavors", tags=["flavors"], responses=documented())
+def list_flavors() -> Page[Flavor]:
+    """What one worker can be given."""
+    return Page(items=list(load_flavors().values()), next=None)
+
+
+@router.get("/models", tags=["models"], responses=documented(422))
+def list_models(door: DoorDep, name: NameQuery = None) -> Page[AssetView]:
+    """All versions of all models."""
+    return _list(door, "model", name)
+
+
+@router.get("/models/{ref}", tags=["models"], responses=documented(404, 422))
+def get_model(door: DoorDep, ref: str) -> AssetView:
+    """A model by NAME@VERSION, or the newest version of a NAME."""
+    return _get(door, "model", ref)
+
+
+@router.post(
+    "/models",
+    tags=["models"],
+    status_code=202,
+    response_model=JobView,
+    responses={**REPLAY, **documented(400, 409, 422)},
+)
+def register_model(
+    door: DoorDep,
+    body: Annotated[RegisterModel, Body(openapi_examples=examples.MODEL)],
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Have a model taken in by a job of kind `register`, which checks that it loads."""
+    spec = RegisterSpec(asset="model", **body.model_dump(exclude_unset=True))
+    return answer_order(place(door, spec, key=idempotency_key), status=202)
+
+
+@router.get("/datasets", tags=["datasets"], responses=documented(422))
+def list_datasets(door: DoorDep, name: NameQuery = None) -> Page[AssetView]:
+    """All versions of all datasets."""
+    return _list(door, "dataset", name)
+
+
+@router.get("/datasets/{ref}", tags=["datasets"], responses=documented(404, 422))
+def get_dataset(door: DoorDep, ref: str) -> AssetView:
+    """A dataset by NAME@VERSION, or the newest version of a NAME."""
+    return _get(door, "dataset", ref)
+
+
+@router.post(
+    "/datasets",
+    tags=["datasets"],
+    status_code=202,
+    response_model=JobView,
+    responses={**REPLAY, **documented(400, 409, 422)},
+)
+def register_dataset(
+    door: DoorDep,
+    body: Annotated[RegisterDataset, Body(openapi_examples=examples.DATASET)],
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Have a dataset taken in by a job of kind `register`, which reads its files."""
+    spec = RegisterSpec(asset="dataset", **body.model_dump(exclude_unset=True))
+    return answer_order(place(door, spec, key=idempotency_key), status=202)
+
+
+def _list(door: Door, kind: str, name: str | None) -> Page[AssetView]:
+    if name is not None:
+        check_name(name, field="name")
+    return Page(items=[asset_view(each) for each in list_manifests(door.storage, kind, name=name)], next=None)
+
+
+def _get(door: Door, kind: str, ref: str) -> AssetView:
+    try:
+        return asset_view(get_manifest(door.storage, kind, ref, field="ref"))
+    except SpecError as error:
+        if error.code != f"unknown_{kind}":
+            raise
+        # As the name of a page, not a word in an order, it is what is not found.
+        raise NotFoundError(error.message, fields=error.fields, hint=error.hint, code=error.code) from None

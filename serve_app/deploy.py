@@ -1,0 +1,111 @@
+"""The front door and the reconciler as Ray Serve applications."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+
+from serve_app.app import make_app
+from serve_app.launcher import RayLauncher
+from serve_app.reconciler import Reconciler
+from tunesmith.records import RecordStore
+from tunesmith.settings import Settings
+from tunesmith.storage import open_storage
+
+DOOR = "door"
+RECONCILER = "reconciler"
+JOIN_S = 10.0
+"""How long the end of a round is waited for when a reconciler is ended, seconds."""
+
+logger = logging.getLogger(__name__)
+
+# Serve looks after its replicas this often: a killed one is back within seconds.
+_CARE = {
+    "num_replicas": 1,
+    "health_check_period_s": 1,
+    "health_check_timeout_s": 10,
+    "graceful_shutdown_timeout_s": 10,
+    "ray_actor_options": {"num_cpus": 0},
+}
+
+
+@serve.deployment(name=DOOR, max_ongoing_requests=100, **_CARE)
+@serve.ingress()
+class DoorReplica:
+    """One replica of the front door; it holds no job state."""
+
+    def __init__(self, settings: Settings) -> None:
+        log_to_stderr()
+        self._settings = settings
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._settings, proxied=True)
+
+
+@serve.deployment(name=RECONCILER, **_CARE)
+class ReconcilerReplica:
+    """A thread that runs the reconciler's rounds; Serve starts another replica when it dies."""
+
+    def __init__(self, settings: Settings) -> None:
+        log_to_stderr()
+        self._pause_s = settings.reconcile_interval_s
+        self._reconciler = Reconciler(
+            RecordStore(settings.database_url),
+            open_storage(settings.storage_url, settings),
+            RayLauncher(settings),
+            settings,
+            holder=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
+        )
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=RECONCILER, daemon=True)
+        self._thread.start()
+
+    def check_health(self) -> None:
+        if not self._thread.is_alive():
+            raise RuntimeError("the reconciler's thread has ended")
+
+    def __del__(self) -> None:
+        self._ending.set()
+        self._thread.join(JOIN_S)
+        if not self._thread.is_alive():
+            self._reconciler.close()
+
+    def _run(self) -> None:
+        while not self._ending.wait(self._pause_s):
+            try:
+                self._reconciler.round()
+            except Exception:
+                logger.exception("a round failed; the next one follows")
+
+
+def deploy(settings: Settings, address: str) -> None:
+    """Run both applications on the Ray cluster at `address` (HOST:PORT); returns when they are up."""
+    import ray
+
+    RecordStore(settings.database_url).migrate()
+    ray.init(address=address, log_to_driver=False)
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
+        http_options=HTTPOptions(host=settings.host, port=settings.port),
+    )
+    serve.run(_bind(DoorReplica, settings), name=DOOR, route_prefix="/")
+    serve.run(_bind(ReconcilerReplica, settings), name=RECONCILER, route_prefix=None)
+
+
+def _bind(deployment: Any, settings: Settings) -> Any:
+    return deployment.bind(settings)
+
+
+def log_to_stderr() -> None:
+    """Set up the logs of a process of ours; libraries only warn."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("serve_app", "tunesmith"):
+        logging.getLogger(name).setLevel(logging.INFO)

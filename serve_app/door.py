@@ -1,0 +1,29 @@
+"""What the front door works with, and how its routes get it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from tunesmith.records import RecordStore
+from tunesmith.settings import Settings
+from tunesmith.storage import Storage
+
+
+@dataclass(frozen=True)
+class Door:
+    """No state of its own: any number of doors may stand side by side."""
+
+    settings: Settings
+    store: RecordStore
+    storage: Storage
+
+
+def _door(request: Request) -> Door:
+    door: Door = request.app.state.door
+    return door
+
+
+DoorDep = Annotated[Door, Depends(_door)]

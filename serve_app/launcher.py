@@ -1,0 +1,137 @@
+"""Starts attempts as Ray Jobs and asks after them."""
+
+from __future__ import annotations
+
+import shlex
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tunesmith.errors import UnavailableError
+from tunesmith.settings import Settings
+
+ALIVE = frozenset({"PENDING", "RUNNING"})
+"""Ray's words for a job that has not ended; the others are SUCCEEDED, FAILED and STOPPED."""
+
+STOP_WAIT_S = 30
+"""Time between Ray's SIGTERM and its SIGKILL for a job that is stopped, seconds."""
+
+_TIMEOUT_S = 30
+"""Of one request to Ray's Jobs API. Its client has none: a hung dashboard would hang the reconciler."""
+
+
+@dataclass(frozen=True)
+class RayJob:
+    """What Ray says of a submission."""
+
+    status: str
+    message: str | None = None
+
+
+class Launcher(Protocol):
+    """Where attempts run. Every call may raise UnavailableError and may then be tried again."""
+
+    def submit(self, job_id: str, attempt: int, job_url: str) -> None:
+        """Start the driver of an attempt; one that was submitted before is left alone."""
+
+    def status(self, submission_id: str) -> RayJob | None:
+        """None where Ray does not know it (never submitted, or forgotten when its head was lost)."""
+
+    def stop(self, submission_id: str) -> None:
+        """Ask Ray to end it; returns at once. One that ended, or is unknown, is left alone."""
+
+    def capacity(self) -> Mapping[str, float]:
+        """All resources of the cluster, in use or not."""
+
+
+def submission_id(job_id: str, attempt: int) -> str:
+    """Ray's id of an attempt. Ray refuses a used one."""
+    return f"{job_id}-a{attempt}"
+
+
+class RayLauncher:
+    """The Ray cluster this process is connected to, and its Jobs API at `settings.ray_jobs_url`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._connection: Any = None
+        self._lock = threading.Lock()
+
+    def submit(self, job_id: str, attempt: int, job_url: str) -> None:
+        command = [self._settings.python, "-m", "trainers", job_url, "--attempt", str(attempt)]
+        # No working_dir: a folder of the user's would come before site-packages.
+        environment = {**self._settings.to_env(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+        with self._errors():
+            try:
+                self._client().submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=submission_id(job_id, attempt),
+                    entrypoint_num_cpus=0,
+                    metadata={"job_id": job_id, "attempt": str(attempt)},
+                    runtime_env={"env_vars": environment},
+                )
+            except RuntimeError as error:
+                if "already exists" not in str(error):
+                    raise
+
+    def status(self, submission_id: str) -> RayJob | None:
+        with self._errors():
+            try:
+                info = self._client().get_job_info(submission_id)
+            except RuntimeError as error:
+                if _is_unknown(error):
+                    return None
+                raise
+        return RayJob(str(info.status), _first_line(info.message))
+
+    def stop(self, submission_id: str) -> None:
+        with self._errors():
+            try:
+                self._client().stop_job(submission_id)
+            except RuntimeError as error:
+                if not _is_unknown(error):
+                    raise
+
+    def capacity(self) -> Mapping[str, float]:
+        import ray
+
+        with self._errors():
+            return {str(name): float(amount) for name, amount in ray.cluster_resources().items()}
+
+    def _client(self) -> Any:
+        with self._lock:
+            if self._connection is None:
+                self._connection = _connect(self._settings.ray_jobs_url)
+            return self._connection
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Whatever Ray's client raises means: not now. The errors of requests are OSErrors."""
+        from ray.exceptions import RayError
+
+        try:
+            yield
+        except (RuntimeError, OSError, RayError) as error:
+            text = f"{type(error).__name__}: {error}"[:500]
+            raise UnavailableError(f"Ray at {self._settings.ray_jobs_url} did not do it: {text}") from error
+
+
+def _connect(url: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):  # type: ignore[misc]
+        def _do_request(self, *args: Any, **options: Any) -> Any:
+            return super()._do_request(*args, timeout=_TIMEOUT_S, **options)
+
+    return Client(url)
+
+
+def _is_unknown(error: RuntimeError) -> bool:
+    return "status code 404" in str(error)
+
+
+def _first_line(text: str | None) -> str | None:
+    """Ray's message without the lines of the driver's log that it may quote: they could hold rows of the dataset."""
+    return text.strip().partition("\n")[0].partition(", last available logs")[0] if text else None
