@@ -62,7 +62,9 @@ class RayLauncher:
     def submit(self, job_id: str, attempt: int, job_url: str) -> None:
         command = [self._settings.python, "-m", "trainers", job_url, "--attempt", str(attempt)]
         # No working_dir: a folder of the user's would come before site-packages.
-        environment = {**self._settings.to_env(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+        # No database: a driver needs none, its URL may hold a password, and Ray shows the environment to all.
+        own = {name: text for name, text in self._settings.to_env().items() if name != "TUNESMITH_DATABASE_URL"}
+        environment = {**own, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
         with self._errors():
             try:
                 self._client().submit_job(

@@ -95,7 +95,9 @@ def test_an_attempt_is_a_ray_job_that_takes_no_cpu_and_brings_no_folder(api: Job
     assert body["metadata"] == {"job_id": "job-1", "attempt": "2"}
     assert body["entrypoint_num_cpus"] == 0
     assert set(body["runtime_env"]) == {"env_vars"}
-    assert body["runtime_env"]["env_vars"] == {**settings.to_env(), "RAY_JOB_STOP_WAIT_TIME_S": "30"}
+    own = settings.to_env()
+    assert own.pop("TUNESMITH_DATABASE_URL"), "it may hold a password, and Ray shows it to all"
+    assert body["runtime_env"]["env_vars"] == {**own, "RAY_JOB_STOP_WAIT_TIME_S": "30"}
 
 
 def test_an_attempt_that_was_submitted_before_is_left_alone(api: JobsApi, settings: Settings) -> None:

@@ -172,6 +172,21 @@ def test_an_attempt_after_the_publication_ends_well_and_publishes_nothing(
     assert storage.get("datasets/tiny/1/manifest.json") == manifest
 
 
+def test_a_job_whose_version_another_has_published_ends_before_it_works(
+    storage: Storage, settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": 1}\n')
+    first, second = (order(storage, settings, "dataset", tmp_path / "a.jsonl") for _ in range(2))
+    assert drive(layout.join(storage.url, layout.job_json(first)), 1, settings) == 0
+    assert drive(layout.join(storage.url, layout.job_json(second)), 1, settings) == 1
+    result = attempts.read_result(storage, second, 1)
+    assert result is not None
+    assert (result.reason, result.message) == (
+        "user_error",
+        f"dataset tiny@1 was published already, by job {first}",
+    )
+
+
 def test_a_copied_job_json_is_refused(storage: Storage, settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"q": 1}\n')
     job_id = order(storage, settings, "dataset", tmp_path / "a.jsonl")

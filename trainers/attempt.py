@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tunesmith import layout
 from tunesmith.attempts import EventWriter
 from tunesmith.catalog import Manifest
+from tunesmith.errors import ConflictError
 from tunesmith.orders import output
 from tunesmith.settings import Settings
 from tunesmith.spec import RegisterJob, TrainJob
@@ -29,9 +30,17 @@ class Attempt:
 
 
 def published(storage: Storage, job: TrainJob | RegisterJob) -> Manifest | None:
-    """The manifest of what the job makes, where this very job published it already."""
+    """The manifest of what the job makes, where this very job published it already.
+
+    ConflictError where another job did: what this one makes would have no place.
+    """
     key = layout.asset_manifest(*output(job))
     if not storage.exists(key):
         return None
     manifest = Manifest.model_validate_json(storage.get(key))
-    return manifest if manifest.job == job.id else None
+    if manifest.job != job.id:
+        raise ConflictError(
+            f"{manifest.kind} {manifest.ref} was published already, by job {manifest.job}",
+            hint="order or render the job again: it gets a version of its own",
+        )
+    return manifest
