@@ -1,7 +1,8 @@
 """The peer of `start`: the shortest script that fine-tunes with transformers and peft, up to its first optimizer step.
 
-`python bare_lora.py MODEL_FOLDER ROWS.jsonl PROMPT_FIELD RESPONSE_FIELD BATCH_ROWS MAX_LENGTH` tokenises all rows, as
-any training does before its first step, and prints the time of that step's end, seconds since the epoch, and its loss.
+`python bare_lora.py MODEL_FOLDER ROWS.jsonl PROMPT_FIELD RESPONSE_FIELD ROW,ROW,… MAX_LENGTH` tokenises all rows, as
+any training does before its first step, trains those with the given numbers, and prints the time of that step's end,
+seconds since the epoch, and its loss.
 """
 
 import json
@@ -12,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder, path, prompt_field, response_field, batch_rows, max_length = sys.argv[1:]
+folder, path, prompt_field, response_field, first_rows, max_length = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 with open(path, encoding="utf-8") as file:  # noqa: PTH123
     rows = [json.loads(line) for line in file]
@@ -36,7 +37,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
 
-batch = examples[: int(batch_rows)]
+batch = [examples[int(number)] for number in first_rows.split(",")]
 longest = max(len(ids) for ids, _ in batch)
 ids = torch.tensor([i + [0] * (longest - len(i)) for i, _ in batch])
 labels = torch.tensor([lab + [-100] * (longest - len(lab)) for _, lab in batch])
