@@ -133,6 +133,19 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_checkpoint(
     assert losses(ready, job.id) == pytest.approx(losses(ready, whole), abs=1e-5)
 
 
+def test_a_killed_controller_costs_an_attempt_and_not_the_job(ready: Running) -> None:
+    steps = {"max_steps": 120, "save_steps": 20}
+    job = ready.client.submit(jobs.spec(hyperparameters=steps, advanced={"num_train_epochs": 10}))
+    jobs.wait_for_checkpoints(ready, job, 2)
+    jobs.kill(ready, "ray::TrainController")
+    ended = ready.client.wait(job.id)
+    assert (ended.state, ended.attempt) == ("completed", 2)
+    first_steps = [event.data["first_step"] for event in jobs.events(ready, job.id) if "first_step" in event.data]
+    assert first_steps[0] == 1
+    assert first_steps[1] > 40
+    assert sorted(losses(ready, job.id)) == list(range(1, 121))
+
+
 def test_a_stopped_job_has_saved_a_checkpoint_and_makes_no_model(ready: Running) -> None:
     job = ready.client.submit(
         jobs.spec(

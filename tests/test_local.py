@@ -120,6 +120,7 @@ def test_what_a_killed_ray_left_is_ended_by_the_next_up(platform_settings: Setti
     first = local.up(platform_settings, door=False, **SMALL).platform
     members = local.processes_of(first)
     os.kill(first.pid, signal.SIGKILL)
+    os.waitpid(first.pid, 0)
     second = local.up(platform_settings, door=False, **SMALL).platform
     assert second.mark != first.mark
     assert not [process for process in members if processes.is_alive(process)]

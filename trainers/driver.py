@@ -11,7 +11,7 @@ from trainers.attempt import Attempt, published
 from tunesmith import attempts, layout
 from tunesmith.attempts import Claim, EventWriter, Result
 from tunesmith.clock import utc_text
-from tunesmith.errors import LeaseLostError, SpecError
+from tunesmith.errors import LeaseLostError, SpecError, StorageError, UnavailableError
 from tunesmith.settings import Settings
 from tunesmith.spec import RegisterJob, parse_job
 from tunesmith.storage import open_storage
@@ -59,7 +59,9 @@ def _run(attempt: Attempt) -> Result:
         from trainers.training import run_training
 
         return run_training(attempt, job)
-    except LeaseLostError as error:
+    except (LeaseLostError, StorageError, UnavailableError) as error:
+        # Nobody's fault, and it may go well another time: a next attempt goes on from the last checkpoint.
+        logger.exception("%s: attempt %d is given up", job.id, attempt.number)
         return Result(outcome="lost", reason="worker_lost", message=str(error), time=utc_text())
     except Exception as error:
         # The process's border: whatever went wrong is the attempt's result.

@@ -15,7 +15,7 @@ from tunesmith import attempts, catalog
 from tunesmith.attempts import Result
 from tunesmith.catalog import File, Manifest
 from tunesmith.clock import utc_text
-from tunesmith.errors import LeaseLostError, OutOfMemoryError, TunesmithError, WorkerLostError
+from tunesmith.errors import LeaseLostError, OutOfMemoryError, TunesmithError, UnavailableError, WorkerLostError
 from tunesmith.orders import output
 from tunesmith.spec import TrainJob
 
@@ -83,7 +83,8 @@ def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: Any, deadline: 
 
 
 def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None) -> None:
-    """One run of TorchTrainer. Raises WorkerLostError, or what a worker raised."""
+    """One run of TorchTrainer. Raises WorkerLostError, UnavailableError where Ray is lost, or what a worker raised."""
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -113,6 +114,9 @@ def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None)
         raise _cause(error.worker_failures) from error
     except TrainingFailedError as error:
         raise WorkerLostError(f"Ray Train gave up: {_first_line(error)}") from error
+    except RayError as error:
+        # Its controller lives on this driver's node: where it dies, Ray is going down.
+        raise UnavailableError(f"Ray was lost: {_first_line(error)}") from error
     finally:
         shutil.rmtree(folder / name, ignore_errors=True)
 

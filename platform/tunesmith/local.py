@@ -123,8 +123,12 @@ def door_answers(settings: Settings) -> bool:
 
 
 def prepare(settings: Settings) -> None:
-    """Make what a platform needs before its first start: home, tokens, the record store's schema. Again: no change."""
+    """Make what a platform needs before its first start: home, tokens, the record store's schema. Again: no change.
+
+    Raises StorageError or SpecError when the storage cannot be read: Ray Serve would say so only in a log of its own.
+    """
     from tunesmith.records import RecordStore
+    from tunesmith.storage import open_storage
 
     settings.home.mkdir(parents=True, exist_ok=True)
     settings.home.chmod(0o700)
@@ -134,11 +138,18 @@ def prepare(settings: Settings) -> None:
             with os.fdopen(file, "w") as out:
                 out.write(secrets.token_hex(32))
     RecordStore(settings.database_url).migrate()
+    open_storage(settings.storage_url, settings).children("jobs")
+
+
+def token_environment(settings: Settings) -> dict[str, str]:
+    """What a process needs in its environment to be let in by this platform's Ray."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(settings.ray_token_path)}
 
 
 def ray_environment(settings: Settings) -> dict[str, str]:
-    """What a process needs in its environment to be let in by this platform's Ray."""
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(settings.ray_token_path)}
+    """What a process needs for `ray.init` with this platform's address."""
+    # Without the second Ray turns 127.0.0.1 into the machine's outer address, and listens or asks there.
+    return token_environment(settings) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def _start_ray(settings: Settings, num_cpus: int | None, object_store_memory: int | None) -> Platform:
@@ -240,8 +251,6 @@ def _environment(settings: Settings, mark: str) -> dict[str, str]:
     return environment | settings.to_env() | ray_environment(settings) | {
         "PATH": path,
         MARK: mark,
-        # Without it Ray turns 127.0.0.1 into the machine's outer address and listens there, too.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }  # fmt: skip
 
 

@@ -113,14 +113,14 @@ def render(
 
 def submit_command(url: str, settings: Settings) -> str:
     """The shell line with which Ray runs the job of that job.json on this installation's cluster."""
-    from tunesmith.local import ray_environment
+    from tunesmith.local import token_environment
 
     home = {"TUNESMITH_HOME": str(settings.home)}
     defaults = Settings.from_env(home).to_env()
     changed = {variable: text for variable, text in settings.to_env().items() if text != defaults.get(variable)}
     # A stop by Ray waits that long for the job's checkpoint.
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": "30", **home, **changed}
-    access = ray_environment(settings) if settings.ray_token_path.exists() else {}
+    access = token_environment(settings) if settings.ray_token_path.exists() else {}
     words = [*(f"{variable}={value}" for variable, value in access.items()), "ray", "job", "submit"]
     words += ["--address", settings.ray_jobs_url, "--entrypoint-num-cpus", "0"]
     words += ["--runtime-env-json", json.dumps({"env_vars": variables})]
