@@ -16,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from tests.door_fixture import LiveDoor, figure
+from tests.live_door import LiveDoor, figure
 from tests.stage import SPEC
 from tunesmith import __version__
 from tunesmith.cli import main

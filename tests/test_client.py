@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.door_fixture import LiveDoor, figure
+from tests.live_door import LiveDoor, figure
 from tests.stage import SPEC
 from tunesmith.client import Client, read_on
 from tunesmith.errors import (
