@@ -235,7 +235,12 @@ def test_an_interrupt_is_exit_code_130_and_leaves_the_job(live_door: LiveDoor, c
     job_id = client.submit(ORDER).id
     command = [sys.executable, "-c", "from tunesmith.cli import main; main()", "jobs", "watch", job_id]
     watch = subprocess.Popen(
-        command, env={**os.environ, **live_door.settings.to_env()}, stdout=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, **live_door.settings.to_env()},
+        stdout=subprocess.PIPE,
+        text=True,
+        # What runs in the background of a shell ignores it, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert watch.stdout is not None and "pending" in watch.stdout.readline()
     watch.send_signal(signal.SIGINT)
