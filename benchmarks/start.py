@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.results_file import figure, write_results
 from trainers.batches import BatchPlan
-from trainers.rows import tokenize
+from trainers.tokenized import tokenize_rows
 from tunesmith import clock, layout, local, ports
 from tunesmith.client import Client, read_on
 from tunesmith.hyperparameters import ADVANCED, resolve
@@ -115,15 +115,16 @@ def _first_rows(folder: Path, arguments: argparse.Namespace) -> list[int]:
     from transformers import AutoTokenizer
 
     advanced = resolve({}, ADVANCED, section="advanced")
-    rows = tokenize(
+    rows = tokenize_rows(
         read_rows(arguments.rows),
         AutoTokenizer.from_pretrained(folder),
         hyperparameters=resolve(_hyperparameters(arguments)),
         advanced=advanced,
         training_type="text-question-answering",
     )
-    lengths = [len(ids) for ids in rows.ids]
-    return BatchPlan(lengths, batch_rows=BATCH_ROWS, passes=1, world_size=1, seed=int(str(advanced["seed"]))).rows(1)
+    return BatchPlan(rows.lengths, batch_rows=BATCH_ROWS, passes=1, world_size=1, seed=int(str(advanced["seed"]))).rows(
+        1
+    )
 
 
 def _bare(folder: Path, first_rows: list[int], arguments: argparse.Namespace) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,13 +108,23 @@ def run(
         }
     )
     _say(console, f"a LoRA job: {base.ref} and {dataset.ref}")
-    job = show_progress(client, client.submit(order).id, console)
+    job = _watch(client, client.submit(order), console)
     if job.state != "completed":
         return False
 
     _show(client, job, prepared, console, models=models, curves=home / "curves")
     console.print(f"\n{time.monotonic() - started:.0f} s from the first registration to here.", style="dim")
     return True
+
+
+def _watch(client: Client, job: JobView, console: Console) -> JobView:
+    """Show the job until it ends. Where the user leaves before, it is stopped: else it went on at the next start."""
+    try:
+        return show_progress(client, job.id, console)
+    except KeyboardInterrupt:
+        with suppress(TunesmithError):  # it may have ended just now
+            client.stop(job.id)
+        raise
 
 
 def _register_model(client: Client, name: str, console: Console, scratch: Path) -> AssetView | None:
@@ -127,7 +138,7 @@ def _register_model(client: Client, name: str, console: Console, scratch: Path) 
     try:
         shutil.copy(_gguf_file(), scratch)
         (scratch / "README.md").write_text(CARD)
-        job = show_progress(client, client.register_model(name, str(scratch)).id, console)
+        job = _watch(client, client.register_model(name, str(scratch)), console)
     finally:
         shutil.rmtree(scratch)
     return client.model(name) if job.state == "completed" else None
@@ -139,7 +150,7 @@ def _register_dataset(client: Client, name: str, folder: Path, console: Console)
     if there is not None and there.files == describe_files(folder):
         return there
     _say(console, f"{name} is registered")
-    job = show_progress(client, client.register_dataset(name, str(folder)).id, console)
+    job = _watch(client, client.register_dataset(name, str(folder)), console)
     return client.dataset(name) if job.state == "completed" else None
 
 

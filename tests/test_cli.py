@@ -17,8 +17,9 @@ import yaml
 from rich.console import Console
 
 from tests.live_door import LiveDoor, figure
-from tests.stage import SPEC
+from tests.stage import SPEC, make_manifest
 from tunesmith import __version__
+from tunesmith.catalog import publish
 from tunesmith.cli import main
 from tunesmith.cli.progress import Course, show_progress
 from tunesmith.client import Client
@@ -373,6 +374,16 @@ def test_hyperparameters_are_all_listed(run: Run) -> None:
         assert h.help in shown
     assert [row["name"] for row in listed] == [h.name for h in (*GUIDE, *ADVANCED)]
     assert [row["section"] for row in run("hyperparameters", "seed", "--json").json] == ["advanced"]
+    assert "LoRA 低秩矩阵的秩" in run("hyperparameters", "lora_rank", "--zh").out
+
+
+def test_hyperparameters_of_a_model_have_its_defaults_and_bounds(run: Run, live_door: LiveDoor) -> None:
+    details = {"parameters": 10**8, "max_seq_length": 512}
+    publish(live_door.storage, make_manifest("model", "small", task_type="text-generation", details=details))
+    rows = {row["name"]: row for row in run("hyperparameters", "--model", "small", "--json").json}
+    assert rows["learning_rate"]["default"] == 5e-4
+    assert (rows["max_seq_length"]["default"], rows["max_seq_length"]["maximum"]) == (512, 512)
+    assert run("hyperparameters", "--model", "smal").code == 2
 
 
 def test_a_terminal_gets_a_bar(live_door: LiveDoor, client: Client) -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tunesmith.errors import DataError
 from tunesmith.tables import read_rows
 
 DATA = Path(make_data.__file__).parent / "data"
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 
 def demo_rows(name: str) -> list[Row]:
@@ -159,13 +159,13 @@ def train_adapter(base_folder: Path, rows: Sequence[Row], folder: Path, *, seed:
     from transformers import AutoTokenizer
 
     from trainers.lora import Hooks, train
-    from trainers.rows import tokenize
+    from trainers.tokenized import tokenize_rows
     from tunesmith.hyperparameters import ADVANCED, GUIDE, resolve
 
     torch.set_num_threads(2)
     hyperparameters = resolve(json.loads(ORDER.read_text())["hyperparameters"], GUIDE)
     advanced = resolve({"seed": seed}, ADVANCED, section="advanced")
-    tokens = tokenize(
+    tokens = tokenize_rows(
         rows,
         AutoTokenizer.from_pretrained(base_folder),
         hyperparameters=hyperparameters,

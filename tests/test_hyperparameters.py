@@ -1,11 +1,16 @@
 """Every hyperparameter is known, checked and documented."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tunesmith.errors import SpecError
-from tunesmith.hyperparameters import ADVANCED, GUIDE, resolve
+from tunesmith.hyperparameters import ADVANCED, GUIDE, SECTIONS, document, for_model, json_schema, resolve
+from tunesmith.spec import TrainSpec
+
+ROOT = Path(__file__).parent.parent
 
 GUIDE_NAMES = [
     "data_url",
@@ -58,11 +63,55 @@ def test_the_names_are_the_guides_25_and_ours() -> None:
     assert [h.name for h in ADVANCED] == ADVANCED_NAMES
 
 
-def test_every_default_is_legal_and_every_name_has_help() -> None:
-    for section, known in (("hyperparameters", GUIDE), ("advanced", ADVANCED)):
+def test_every_default_is_legal_and_every_name_has_help_in_both_languages() -> None:
+    for section, known in SECTIONS.items():
         defaults = resolve({}, known, section=section)
         assert resolve(defaults, known, section=section) == defaults
-        assert all(h.help for h in known)
+        for h in known:
+            assert h.help.isascii() and h.help[0].islower() and not h.help.endswith(".")
+            assert re.search("[\u4e00-\u9fff]", h.help_zh), h.name
+
+
+def test_the_page_of_hyperparameters_is_the_one_that_the_definition_makes() -> None:
+    # To write it: python -m tunesmith.hyperparameters
+    assert (ROOT / "docs" / "hyperparameters.md").read_text(encoding="utf-8") == document()
+
+
+def test_the_apis_schema_is_made_from_the_definition() -> None:
+    properties = TrainSpec.model_json_schema()["properties"]
+    for section, known in SECTIONS.items():
+        assert {**json_schema(known), **properties[section]} == properties[section]
+        assert list(properties[section]["properties"]) == [h.name for h in known]
+    rank = properties["hyperparameters"]["properties"]["lora_rank"]
+    assert (rank["type"], rank["default"], rank["minimum"], rank["maximum"]) == ("integer", 8, 1, 256)
+    assert "rank of the adapter" in rank["description"] and "LoRA" in rank["x-description-zh"]
+    assert properties["hyperparameters"]["properties"]["bits"]["enum"] == [None]
+    assert properties["advanced"]["properties"]["lr_scheduler_type"]["enum"] == ["linear", "cosine", "constant"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rate"), [(135e6, 5e-4), (1.1e9, 2e-4), (7e9, 2e-4), (13e9, 2e-4), (33e9, 1e-4), (65e9, 1e-4)]
+)
+def test_the_default_learning_rate_of_lora_follows_from_the_models_size(parameters: float, rate: float) -> None:
+    known = for_model(GUIDE, {"parameters": int(parameters)})
+    assert resolve({}, known) == {**resolve({}), "learning_rate": rate}
+    assert resolve({"learning_rate": 0.01}, known)["learning_rate"] == 0.01
+    assert resolve({}, for_model(GUIDE, {"parameters": int(parameters)}, method="full")) == resolve({})
+
+
+def test_rows_are_never_longer_than_the_models_context() -> None:
+    short, long = (for_model(GUIDE, {"max_seq_length": length}) for length in (512, 32768))
+    assert resolve({}, short)["max_seq_length"] == 512
+    assert resolve({}, long)["max_seq_length"] == 1024
+    assert resolve({"max_seq_length": 32768}, long)["max_seq_length"] == 32768
+    with pytest.raises(SpecError, match="max_seq_length must be 8 to 512, got 513"):
+        resolve({"max_seq_length": 513}, short)
+
+
+def test_a_model_of_which_nothing_is_known_changes_nothing() -> None:
+    for details in ({}, {"parameters": None, "max_seq_length": None}):
+        assert for_model(GUIDE, details) == GUIDE
+    assert for_model(ADVANCED, {"parameters": 10**9, "max_seq_length": 512}) == ADVANCED
 
 
 @pytest.mark.parametrize(

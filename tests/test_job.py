@@ -68,7 +68,7 @@ def test_an_order_becomes_a_new_model(ready: Running) -> None:
     told = jobs.events(ready, job.id)
     assert [event.state for event in told if event.state] == ["pending", "queued", "preparing", "running", "completed"]
     phases = [event.phase for event in told if event.phase]
-    assert phases == ["fetch", "tokenize", "evaluate", "train", "evaluate", "save", "publish"]
+    assert phases == ["fetch", "tokenize", "audit", "evaluate", "train", "evaluate", "save", "publish"]
     summary = told[-1].data
     assert summary["eval_loss"] < 0.8 * summary["eval_loss_before"]
 
@@ -183,7 +183,7 @@ def test_rows_that_cannot_be_trained_fail_the_job_with_the_row_and_are_not_tried
     order = jobs.spec(dataset="numbers", hyperparameters={"test_data_file": None})
     ended = ready.client.wait(ready.client.submit(order).id)
     assert (ended.state, ended.reason, ended.attempt) == ("failed", "data_error", 1)
-    assert "row 2: column 'response' must hold text" in (ended.message or "")
+    assert "rows.jsonl: line 2: column 'response' must hold text" in (ended.message or "")
 
 
 def test_columns_that_are_not_there_are_refused_at_the_order(ready: Running) -> None:

@@ -78,7 +78,7 @@ def test_a_job_without_a_door_leaves_the_same_and_is_adopted(
     own = sorted(key.removeprefix(f"jobs/{job_id}/") for key in keys if key.startswith(f"jobs/{job_id}/"))
     assert {key for key in own if "attempts" not in key} == {"job.json"}
     attempt = [key.removeprefix("attempts/1/") for key in own if key.startswith("attempts/1/")]
-    assert {"claim", "result.json"} <= set(attempt)
+    assert {"claim", "result.json", "audit.json"} <= set(attempt)
     for kind in ("logs/driver", "logs/0", "metrics", "events"):
         numbers = sorted(int(key.rpartition("/")[2]) for key in attempt if key.rpartition("/")[0] == kind)
         assert numbers == list(range(1, len(numbers) + 1)), kind
@@ -92,7 +92,7 @@ def test_a_job_without_a_door_leaves_the_same_and_is_adopted(
     stored = {key.removeprefix("models/tuned/1/files/"): size for key, size in keys.items() if "tuned/1/files/" in key}
     assert {file["path"]: file["size_bytes"] for file in manifest["files"]} == stored
     assert manifest["job"] == job_id
-    assert {key.split("/")[0] for key in keys} == {"models", "datasets", "jobs"}
+    assert {key.split("/")[0] for key in keys} == {"models", "datasets", "jobs", "cache"}
 
     running.storage.download_file("models/tuned/1/files/adapter/adapter_model.safetensors", tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:

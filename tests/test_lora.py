@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from trainers.lora import Hooks, LossError, Outcome, Worker, loss_sum, schedule, train
-from trainers.rows import TokenizedRows, tokenize
+from trainers.shards import TokenizedRows
+from trainers.tokenized import tokenize_rows
 from tunesmith.errors import ModelError
 
 Losses = dict[int, float]
@@ -22,7 +23,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tokens(count: int) -> TokenizedRows:
-    return tokenize(
+    return tokenize_rows(
         tiny.sums(count),
         tiny.make_tokenizer(),
         hyperparameters=tiny.hyperparameters(),
@@ -155,9 +156,10 @@ def test_the_loss_falls_and_the_adapter_loads_in_stock_peft(model_folder: Path, 
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "adapter").eval()
     loss, count = 0.0, 0
-    for ids, trained in zip(held_out.ids, held_out.trained, strict=True):
-        labels = torch.where(torch.from_numpy(trained), torch.from_numpy(ids).long(), -100)[None]
-        inputs = torch.from_numpy(ids).long()[None]
+    for row in range(len(held_out)):
+        ids, trained = held_out.ids(row), held_out.trained(row)
+        labels = torch.where(torch.from_numpy(trained), torch.from_numpy(ids.copy()).long(), -100)[None]
+        inputs = torch.from_numpy(ids.copy()).long()[None]
         with torch.no_grad():
             loss += float(tuned(input_ids=inputs, labels=labels).loss) * int(trained.sum())
         count += int(trained.sum())
@@ -174,7 +176,7 @@ def test_logits_at_the_trained_places_alone_give_the_models_own_loss(model_folde
     model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(), device).eval()
     rows = tokens(5)
     ids, trained = collate(rows, [0, 1, 2, 3, 4], device.torch_device)
-    padding = torch.tensor([[at < len(row) for at in range(ids.shape[1])] for row in rows.ids])
+    padding = torch.tensor([[at < rows.lengths[row] for at in range(ids.shape[1])] for row in range(len(rows))])
     labels = torch.where(trained, ids, -100)
     with torch.no_grad():
         ours = loss_sum(model, ids, trained) / trained.sum()

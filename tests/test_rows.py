@@ -6,7 +6,8 @@ import pytest
 
 from tests import tiny
 from trainers.batches import BatchPlan
-from trainers.rows import TokenizedRows, cut, prompt_text, tokenize
+from trainers.formats import Example, Turn
+from trainers.rows import Encoder, TokenizedRows, cut, encode, prompt_ids, prompt_text, tokenize
 from tunesmith.errors import DataError
 
 TOKENIZER = tiny.make_tokenizer()
@@ -38,7 +39,7 @@ def test_history_is_context_unless_it_is_asked_for() -> None:
     plain = "<|user|>a<|end|>\n<|assistant|>b<|end|>\n<|user|>c<|end|>\n<|assistant|>[d<|end|>]"
     assert marked(tokens([row], history_field="history")) == plain
     whole = marked(tokens([row], history_field="history", train_on_history=True))
-    assert whole == "<|user|>a<|end|>\n<|assistant|>[b<|end|>\n]<|user|>c<|end|>\n<|assistant|>[d<|end|>]"
+    assert whole == "<|user|>a<|end|>\n<|assistant|>[b<|end|>]\n<|user|>c<|end|>\n<|assistant|>[d<|end|>]"
 
 
 def test_templates_of_the_user_take_the_place_of_the_models() -> None:
@@ -48,9 +49,8 @@ def test_templates_of_the_user_take_the_place_of_the_models() -> None:
 
 
 def test_plain_text_is_trained_whole() -> None:
-    rows = tokens([{"prompt": "once upon"}], "text-generation", response_field="answer")
-    assert marked(rows) == "[once upon<|end|>]" or marked(rows).endswith("once upon<|end|>]")
-    assert rows.trained[0][-10:].all()
+    rows = tokens([{"prompt": "once upon"}], "text-generation")
+    assert marked(rows) == "[once upon<|end|>]"
 
 
 def test_rows_without_prompt_or_response_are_skipped_and_counted() -> None:
@@ -92,8 +92,11 @@ def test_an_answer_that_is_too_long_alone_loses_its_end() -> None:
 
 
 def test_the_prompt_for_generation_is_what_stood_before_the_response() -> None:
-    text = prompt_text({"prompt": "hi"}, TOKENIZER, tiny.hyperparameters())
-    assert text == "<|user|>hi<|end|>\n<|assistant|>"
+    example = Example([Turn("user", "hi"), Turn("assistant", "ho")])
+    assert prompt_text(example, TOKENIZER, tiny.hyperparameters()) == "<|user|>hi<|end|>\n<|assistant|>"
+    row = tokens([{"prompt": "hi", "response": "ho"}])
+    prompt = prompt_ids(example, TOKENIZER, tiny.hyperparameters()).tolist()
+    assert prompt == row.ids[0][~row.trained[0]].tolist()
 
 
 def test_a_template_that_rewrites_earlier_text_is_refused() -> None:
@@ -108,6 +111,27 @@ def test_a_template_that_rewrites_earlier_text_is_refused() -> None:
             training_type="text-question-answering",
         )
     assert caught.value.code == "template_not_additive"
+
+
+def test_a_row_that_is_refused_is_named() -> None:
+    examples = [Example([Turn("user", "a"), Turn("assistant", text)]) for text in ("b", "\U00100000")]
+    encoder = Encoder(TOKENIZER, tiny.hyperparameters(), tiny.advanced())
+    with pytest.raises(DataError, match=r"^row 2: .*private-use"):
+        encoder.encode(examples)
+    with pytest.raises(DataError, match=r"^a\.jsonl: line 9: "):
+        encoder.encode(examples, ["a.jsonl: line 7", "a.jsonl: line 9"])
+
+
+def test_what_befell_a_row_is_said() -> None:
+    short, long, spelled = (
+        encode([Example([Turn("user", "a"), Turn("assistant", text)])], TOKENIZER, h, tiny.advanced())[0]
+        for h in [tiny.hyperparameters(max_seq_length=32)]
+        for text in ("b", "b" * 50, "<|end|>")
+    )
+    assert (short.truncated, short.answer_cut, short.ended, short.spelled_out) == (False, False, True, False)
+    assert (long.truncated, long.answer_cut, long.ended, long.spelled_out) == (True, True, False, False)
+    assert (spelled.truncated, spelled.answer_cut, spelled.ended, spelled.spelled_out) == (False, False, True, True)
+    assert (short.targets, spelled.targets) == (2, 8)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

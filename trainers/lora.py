@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
@@ -20,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from trainers.batches import BatchPlan
 from trainers.checkpoints import load_checkpoint, save_checkpoint
 from trainers.device import Device, pick_device
-from trainers.rows import TokenizedRows
+from trainers.shards import TokenizedRows
 from tunesmith.errors import ModelError, TunesmithError
 
 EVAL_BATCH_ROWS = 8
@@ -96,7 +97,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=h["learning_rate"], weight_decay=advanced["weight_decay"])
 
     plan = BatchPlan(
-        [len(ids) for ids in rows.ids],
+        rows.lengths,
         batch_rows=h["per_device_train_batch_size"],
         passes=h["gradient_accumulation_steps"],
         world_size=worker.world_size,
@@ -129,7 +130,7 @@ def train(
     for step in range(first_step, total_steps + 1):
         learning_rate = h["learning_rate"] * schedule(step - 1, total_steps, h["warmup_ratio"], advanced)
         batch = plan.rows(step)
-        trained = sum(int(rows.trained[row][1:].sum()) for row in batch)
+        trained = sum(int(rows.trained(row)[1:].sum()) for row in batch)
         gradients.clear()
         for number, share in enumerate(plan.share(step, worker.rank)):
             if share:
@@ -145,7 +146,7 @@ def train(
             group["lr"] = learning_rate
         optimizer.step()
 
-        tokens += sum(len(rows.ids[row]) for row in batch)
+        tokens += int(rows.lengths[batch].sum())
         samples += len(batch)
         stopped = bool(gradients.stop.item() > 0) and step < total_steps
         if step % h["logging_steps"] == 0 or step == total_steps or stopped:
@@ -221,12 +222,13 @@ def schedule(done: int, total: int, warmup_ratio: float, advanced: Mapping[str, 
 
 def collate(rows: TokenizedRows, share: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [rows, longest] and the mask of trained ones, padded at the right."""
-    longest = max(len(rows.ids[row]) for row in share)
+    longest = int(rows.lengths[share].max())
     ids = torch.zeros(len(share), longest, dtype=torch.long)
     trained = torch.zeros(len(share), longest, dtype=torch.bool)
     for place, row in enumerate(share):
-        ids[place, : len(rows.ids[row])] = torch.from_numpy(rows.ids[row].copy())
-        trained[place, : len(rows.trained[row])] = torch.from_numpy(rows.trained[row].copy())
+        length = int(rows.lengths[row])
+        ids[place, :length] = torch.from_numpy(rows.ids(row).astype(np.int64))
+        trained[place, :length] = torch.from_numpy(rows.trained(row).copy())
     return ids.to(device, non_blocking=True), trained.to(device, non_blocking=True)
 
 
@@ -251,7 +253,7 @@ def evaluate(model: Any, rows: TokenizedRows, device: Device, worker: Worker) ->
     """Mean loss per trained token of `rows`, nats, shared among the workers."""
     was_training = model.training
     model.eval()
-    order = sorted(range(len(rows)), key=lambda row: -len(rows.ids[row]))
+    order = np.argsort(-rows.lengths, kind="stable").tolist()
     total = torch.zeros(2, dtype=torch.float64, device="cpu" if device.backend == "gloo" else device.torch_device)
     for at in range(worker.rank * EVAL_BATCH_ROWS, len(order), worker.world_size * EVAL_BATCH_ROWS):
         ids, trained = collate(rows, order[at : at + EVAL_BATCH_ROWS], device.torch_device)

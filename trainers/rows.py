@@ -1,22 +1,50 @@
-"""From rows of text to tokens, with a mask of those that are trained."""
+"""From turns to tokens, with a mask of those that are trained.
+
+Contexts and answers are tokenised apart: a prompt has the tokens that the model is given when it answers, and no token
+reaches over the border of the mask. Where the tokens of the whole text would do so (`Answer: ` and `Paris` make
+` Paris`), the row keeps the prompt's own ones, for so the model will meet it. The audit counts such rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from trainers.formats import Example, detect, turns
+from trainers.templates import Form, Piece
 from tunesmith.errors import DataError
 
 BATCH_ROWS = 512
 """Rows tokenised in one call; batches of text are faster than single ones."""
 
-Piece = tuple[str, bool]
-"""Text of a row, and whether its tokens are trained."""
+Part = tuple[list[int], bool]
+"""Token ids of a piece, and whether they are trained."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row, ready for training."""
+
+    ids: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_]
+    truncated: bool
+    """It lost tokens to `max_seq_length`."""
+    answer_cut: bool
+    """Its last answer lost its end, and with it the end of turn: to stop there would be wrong."""
+    ended: bool
+    """The end of its last answer is trained."""
+    spelled_out: bool
+    """Its text spells out a control token, taken as plain text."""
+
+    @property
+    def targets(self) -> int:
+        """Trained tokens that count: the first token of a row is never predicted."""
+        return int(self.trained[1:].sum())
 
 
 @dataclass(frozen=True)
@@ -34,6 +62,73 @@ class TokenizedRows:
         return len(self.ids)
 
 
+class Encoder:
+    """Tokenises examples for one model and one job; made once, for it tries tokenizer and template out."""
+
+    def __init__(self, tokenizer: Any, hyperparameters: Mapping[str, Any], advanced: Mapping[str, Any]) -> None:
+        self.form = Form(tokenizer, hyperparameters, train_on_history=history_is_trained(advanced))
+        self._text = TextTokens(tokenizer, self.form)
+        self.beginning = [] if self.form.chat else self._text.beginning
+        """Token ids of the beginning of text; a chat template writes it itself, where there is to be one."""
+        self._limit = int(hyperparameters["max_seq_length"])
+        self._tokenizer = tokenizer
+
+    def encode(self, examples: Sequence[Example], places: Sequence[int | str] | None = None) -> list[Encoded]:
+        """Rows in the order of `examples`. DataError names the place of a refused one: row number, or words."""
+        rows = []
+        for number, example in enumerate(examples):
+            try:
+                rows.append(self.form.pieces(example))
+            except DataError as error:
+                place = places[number] if places is not None else number + 1
+                raise _at(place, error) from None
+        parts = self._text.encode(rows)
+        return [self._row(row, pieces) for row, pieces in zip(parts, rows, strict=True)]
+
+    def prompt_ids(self, example: Example) -> npt.NDArray[np.int32]:
+        """The tokens that the model is given to answer `example`: its row's, up to the last answer."""
+        [[(ids, _)]] = self._text.encode([[Piece(self.form.prompt(example), False)]])
+        return np.asarray([id_ for part, _ in begin([(ids, False)], self.beginning) for id_ in part], np.int32)
+
+    def _row(self, parts: Sequence[Part], pieces: Sequence[Piece]) -> Encoded:
+        whole = begin(parts, self.beginning)
+        head = 1 if whole[0][0][:1] == [self._tokenizer.bos_token_id] else 0
+        kept = cut(whole, self._limit, head=head)
+        ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in kept])
+        trained = mask(kept)
+        answer_cut = len(kept[-1][0]) < len(whole[-1][0])
+        return Encoded(
+            ids,
+            trained,
+            truncated=len(ids) < sum(len(ids) for ids, _ in whole),
+            answer_cut=answer_cut,
+            ended=bool(trained[-1]) and not answer_cut and int(ids[-1]) in self.form.control.ids,
+            spelled_out=any(spelled for piece in pieces for _, spelled in self.form.control.split(piece.text)),
+        )
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: Any, hyperparameters: Mapping[str, Any], advanced: Mapping[str, Any]
+) -> list[Encoded]:
+    """One row for each of `examples`. DataError (`template_*`) where the model's template cannot be trained with.
+
+    `tokenizer` is a fast one of transformers. The answer and its end of turn are trained, earlier answers only with
+    `train_on_history`. A row that is too long loses the beginning of what stands before its answer (see `cut`).
+    """
+    return Encoder(tokenizer, hyperparameters, advanced).encode(examples)
+
+
+def prompt_text(example: Example, tokenizer: Any, hyperparameters: Mapping[str, Any]) -> str:
+    """The text that a model is given to answer `example`: all that stands before its last answer."""
+    form = Form(tokenizer, hyperparameters)
+    return form.control.show(form.prompt(example))
+
+
+def prompt_ids(example: Example, tokenizer: Any, hyperparameters: Mapping[str, Any]) -> npt.NDArray[np.int32]:
+    """The tokens of `prompt_text`, as `encode` puts them before the answer. For many, use an `Encoder`."""
+    return Encoder(tokenizer, hyperparameters, {"train_on_history": False}).prompt_ids(example)
+
+
 def tokenize(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: Any,
@@ -43,40 +138,135 @@ def tokenize(
     training_type: str,
     limit: int | None = None,
 ) -> TokenizedRows:
-    """Tokenise `rows`; at most `limit` are kept. Raises DataError where no row is left.
-
-    `tokenizer` is a fast one of transformers. The response and its end-of-turn token are trained, earlier answers only
-    with `train_on_history`. A row that is too long loses the beginning of what stands before its response; a response
-    that alone is too long loses its end (see `cut`).
-    """
-    form = _Form(tokenizer, hyperparameters, train_on_history=bool(advanced["train_on_history"]))
-    ids: list[npt.NDArray[np.int32]] = []
-    trained: list[npt.NDArray[np.bool_]] = []
-    skipped = truncated = 0
+    """Tokenise `rows` of a table, in memory; at most `limit` are kept. Raises DataError where no row is left."""
+    encoder = Encoder(tokenizer, hyperparameters, advanced)
+    kept: list[Encoded] = []
+    skipped = 0
     source = enumerate(rows, start=1)
-    while (limit is None or len(ids) < limit) and (batch := list(islice(source, BATCH_ROWS))):
-        pieces = [form.pieces(row, number, training_type) for number, row in batch]
-        skipped += pieces.count([])
-        for row_pieces in _encode(tokenizer, [row for row in pieces if row]):
-            parts = form.with_special_tokens(row_pieces)
-            kept = cut(parts, int(hyperparameters["max_seq_length"]))
-            truncated += sum(len(p) for p, _ in kept) < sum(len(p) for p, _ in parts)
-            ids.append(np.concatenate([np.asarray(p, np.int32) for p, _ in kept]))
-            trained.append(np.concatenate([np.full(len(p), flag) for p, flag in kept]))
-    if not ids:
+    while (limit is None or len(kept) < limit) and (batch := list(islice(source, BATCH_ROWS))):
+        form = detect(_columns(batch, hyperparameters), hyperparameters, training_type)
+        examples = [(number, turns(row, form, hyperparameters, number)) for number, row in batch]
+        found = [(number, example) for number, example in examples if example is not None]
+        skipped += len(batch) - len(found)
+        kept += encoder.encode([example for _, example in found], [number for number, _ in found])
+    if not kept:
         raise DataError(
             f"no row is left to train on: {skipped} of {skipped} have no prompt or no response",
             fields=["hyperparameters.prompt_field", "hyperparameters.response_field"],
         )
-    return TokenizedRows(ids[:limit], trained[:limit], skipped, truncated)
+    kept = kept[:limit]
+    return TokenizedRows(
+        [row.ids for row in kept], [row.trained for row in kept], skipped, sum(row.truncated for row in kept)
+    )
 
 
-def cut(parts: Sequence[tuple[list[int], bool]], limit: int) -> list[tuple[list[int], bool]]:
+class TextTokens:
+    """A tokenizer for pieces of text that stand behind one another."""
+
+    def __init__(self, tokenizer: Any, form: Form) -> None:
+        self._tokenizer = tokenizer
+        self._control = form.control
+        self._apart = all(self._ids("\n" + text) == self._ids("\n") + self._ids(text) for text in ("Hello", " Hello"))
+        """Whether text has the same tokens behind other text as alone; not so with SentencePiece's first space."""
+        self.beginning = self._beginning()
+        """What the tokenizer itself puts before a text."""
+
+    def encode(self, rows: Sequence[Sequence[Piece]]) -> list[list[Part]]:
+        """The token ids of every piece, as they are behind the pieces before it."""
+        if not self._apart:
+            return [self._one_by_one(row) for row in rows]
+        split = [[self._control.split(piece.text) for piece in row] for row in rows]
+        found = iter(self._batch([text for row in split for words in row for text, spelled in words if not spelled]))
+        parts = []
+        for row, words_of in zip(rows, split, strict=True):
+            ids_of = [[self._plain(text) if spelled else next(found) for text, spelled in words] for words in words_of]
+            parts.append([([*chain.from_iterable(ids)], piece.trained) for piece, ids in zip(row, ids_of, strict=True)])
+        return parts
+
+    def _batch(self, texts: list[str]) -> list[list[int]]:
+        # Past transformers, which would make more of every text than its ids; its settings of the call before stay.
+        backend = self._tokenizer.backend_tokenizer
+        backend.encode_special_tokens = False
+        backend.no_truncation()
+        backend.no_padding()
+        return [text.ids for text in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _one_by_one(self, row: Sequence[Piece]) -> list[Part]:
+        before: str | None = ""
+        so_far: list[int] = []
+        parts: list[Part] = []
+        for piece in row:
+            ids: list[int] = []
+            for text, spelled in self._control.split(piece.text):
+                more = self._plain(text) if spelled else self._behind(before, [*so_far, *ids], text)
+                before = None if spelled or before is None else before + text
+                ids += more
+            so_far += ids
+            parts.append((ids, piece.trained))
+        return parts
+
+    def _behind(self, before: str | None, ids: list[int], text: str) -> list[int]:
+        """The tokens of `text` behind `before`, which has `ids`; None where it is no text of this tokenizer."""
+        if before is not None:
+            whole = self._ids(before + text)
+            if whole[: len(ids)] == ids:
+                return whole[len(ids) :]
+        return self._behind_anchor(text)
+
+    def _behind_anchor(self, text: str, **options: bool) -> list[int]:
+        """The tokens of `text` as they are behind other text that does not merge with it."""
+        for anchor in ("\n", "x", "."):
+            ids, whole = self._ids(anchor), self._ids(anchor + text, **options)
+            if whole[: len(ids)] == ids:
+                return whole[len(ids) :]
+        return self._ids(text, **options)
+
+    def _plain(self, text: str) -> list[int]:
+        """A control token's words as ordinary tokens."""
+        ids = self._behind_anchor(text, split_special_tokens=True)
+        if self._control.ids.isdisjoint(ids):
+            return ids
+        # The tokenizer splits only what is declared special.
+        return [*self._behind_anchor(text[:1]), *self._behind_anchor(text[1:])]
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        return ids
+
+    def _beginning(self) -> list[int]:
+        alone: list[int] = self._ids("a")
+        whole: list[int] = self._tokenizer("a")["input_ids"]
+        places = (at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
+        return whole[: next(places, 0)]
+
+
+def history_is_trained(advanced: Mapping[str, Any]) -> bool:
+    """Whether answers before the last one are trained: only where that was asked for."""
+    return bool(advanced["train_on_history"])
+
+
+def mask(parts: Sequence[Part]) -> npt.NDArray[np.bool_]:
+    """What is trained goes by the place of a token, never by its id: padding may share its id with the end of turn."""
+    return np.concatenate([np.full(len(ids), trained) for ids, trained in parts])
+
+
+def begin(parts: Sequence[Part], beginning: list[int]) -> list[Part]:
+    """Put the beginning of text before `parts`, once: templates may have written it already."""
+    first = [id_ for ids, _ in parts for id_ in ids[: len(beginning)]][: len(beginning)]
+    return list(parts) if first == beginning else [(beginning, False), *parts]
+
+
+def cut(parts: Sequence[Part], limit: int, *, head: int = 0) -> list[Part]:
     """Shorten a row's parts to `limit` tokens, keeping the answer.
 
-    The last part is the response. What stands before it loses tokens from its beginning, down to a quarter of the
-    limit; only then the response loses tokens from its end.
+    The last part is the answer. What stands before it loses tokens from its beginning, down to a quarter of the limit;
+    only then the answer loses tokens from its end. The first `head` tokens, the beginning of text, stay.
     """
+    if sum(len(ids) for ids, _ in parts) <= limit:
+        return list(parts)
+    if head:
+        (first, flag), *rest = parts
+        return [(first[:head], flag), *cut([(first[head:], flag), *rest], limit - head)]
     *before, (response, flag) = parts
     context = sum(len(ids) for ids, _ in before)
     room = max(limit - len(response), min(context, limit // 4))
@@ -89,132 +279,13 @@ def cut(parts: Sequence[tuple[list[int], bool]], limit: int) -> list[tuple[list[
     return [*kept, (response[: limit - min(context, room)], flag)]
 
 
-def prompt_text(row: Mapping[str, Any], tokenizer: Any, hyperparameters: Mapping[str, Any]) -> str:
-    """The text that a model is given to answer a row: all that stands before its response."""
-    form = _Form(tokenizer, hyperparameters, train_on_history=False)
-    response = str(hyperparameters["response_field"])
-    pieces = form.pieces({**row, response: "-"}, 0, "text-question-answering")
-    return "".join(text for text, _ in pieces[:-1])
+def _columns(batch: Iterable[tuple[int, Mapping[str, Any]]], hyperparameters: Mapping[str, Any]) -> list[str]:
+    """The columns of a batch of rows. The history may be missing in all of them: it is missing where there is none."""
+    names = dict.fromkeys(name for _, row in batch for name in row)
+    history = hyperparameters["history_field"]
+    return list(names | {history: None} if history is not None else names)
 
 
-class _Form:
-    """How the turns of a row become text: by the model's chat template, or by the user's own templates."""
-
-    def __init__(self, tokenizer: Any, hyperparameters: Mapping[str, Any], *, train_on_history: bool) -> None:
-        self._tokenizer = tokenizer
-        self._h = hyperparameters
-        self._train_on_history = train_on_history
-        given = hyperparameters["instruction_template"], hyperparameters["response_template"]
-        self._chat = given == (None, None) and tokenizer.chat_template is not None
-        self._instruction = given[0] or ""
-        self._response = given[1] if given[1] is not None else "\n"
-
-    def pieces(self, row: Mapping[str, Any], number: int, training_type: str) -> list[Piece]:
-        """The pieces of a row, the response last; none for a row to be skipped. DataError names a wrong cell."""
-        prompt = self._text(row, "prompt_field", number)
-        response_field = str(self._h["response_field"])
-        if training_type == "text-generation" and response_field not in row:
-            return [("", False), (prompt, True)] if prompt.strip() else []
-        response = self._text(row, "response_field", number)
-        if not prompt.strip() or not response.strip():
-            return []
-        turns = [*self._history(row, number), (prompt, response)]
-        return self._chat_pieces(turns) if self._chat else self._template_pieces(turns)
-
-    def with_special_tokens(self, parts: list[tuple[list[int], bool]]) -> list[tuple[list[int], bool]]:
-        """Add the beginning-of-text token where the tokenizer wants one and none is there, and end the response."""
-        eos = self._tokenizer.eos_token_id
-        *before, (response, flag) = parts
-        if self._chat:
-            # The template's own end of turn is the last special token; what follows it (a newline) is no answer.
-            special = set(self._tokenizer.all_special_ids)
-            ends = [place for place, token in enumerate(response) if token in special]
-            response = response[: ends[-1] + 1] if ends else response
-        if eos is not None and (not response or response[-1] not in self._tokenizer.all_special_ids):
-            response = [*response, eos]
-        first = next((ids[0] for ids, _ in before if ids), None)
-        bos = self._tokenizer.bos_token_id
-        if not self._chat and getattr(self._tokenizer, "add_bos_token", False) and bos is not None and first != bos:
-            before = [([bos], False), *before]
-        return [*before, (response, flag)]
-
-    def _chat_pieces(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
-        messages: list[dict[str, str]] = []
-        pieces: list[Piece] = []
-        done = ""
-        for place, (prompt, response) in enumerate(turns):
-            last = place == len(turns) - 1
-            messages.append({"role": "user", "content": f"{self._h['prefix']}{prompt}"})
-            asked = self._render(messages, add_generation_prompt=True)
-            messages.append({"role": "assistant", "content": response})
-            answered = self._render(messages, add_generation_prompt=False)
-            if (
-                not asked.startswith(done)
-                or not answered.startswith(asked)
-                or response.strip() not in answered[len(asked) :]
-            ):
-                raise DataError(
-                    "the model's chat template changes earlier text when an answer is added, so that the trained part "
-                    "cannot be told apart",
-                    hint="set instruction_template and response_template",
-                    code="template_not_additive",
-                )
-            pieces += [(asked[len(done) :], False), (answered[len(asked) :], last or self._train_on_history)]
-            done = answered
-        return pieces
-
-    def _template_pieces(self, turns: Sequence[tuple[str, str]]) -> list[Piece]:
-        pieces: list[Piece] = []
-        for place, (prompt, response) in enumerate(turns):
-            last = place == len(turns) - 1
-            pieces.append((f"{self._h['prefix']}{self._instruction}{prompt}{self._response}", False))
-            pieces.append((response, last or self._train_on_history))
-        return pieces
-
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return text
-
-    def _text(self, row: Mapping[str, Any], parameter: str, number: int) -> str:
-        column = str(self._h[parameter])
-        value = row.get(column)
-        if value is None:
-            return ""
-        if not isinstance(value, str):
-            raise DataError(
-                f"row {number}: column {column!r} must hold text, got {type(value).__name__}",
-                fields=[f"hyperparameters.{parameter}"],
-            )
-        return value
-
-    def _history(self, row: Mapping[str, Any], number: int) -> list[tuple[str, str]]:
-        column = self._h["history_field"]
-        turns = row.get(str(column)) if column is not None else None
-        if not turns:
-            return []
-        if isinstance(turns, str):
-            import json
-
-            try:
-                turns = json.loads(turns)
-            except json.JSONDecodeError:
-                turns = None
-        pairs = isinstance(turns, list) and all(
-            isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
-        )
-        if not isinstance(turns, list) or not pairs:
-            raise DataError(
-                f"row {number}: column {column!r} must hold a list of [question, answer] pairs of text",
-                fields=["hyperparameters.history_field"],
-            )
-        return [(turn[0], turn[1]) for turn in turns]
-
-
-def _encode(tokenizer: Any, rows: Sequence[Sequence[Piece]]) -> Iterator[list[tuple[list[int], bool]]]:
-    """Token ids of every piece; pieces are tokenised apart, so that none merges across the border of the mask."""
-    texts = [text for row in rows for text, _ in row]
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    for row in rows:
-        yield [(next(encoded), trained) for _, trained in row]
+def _at(place: int | str, error: DataError) -> DataError:
+    where = f"row {place}" if isinstance(place, int) else place
+    return DataError(f"{where}: {error.message}", fields=error.fields, hint=error.hint, code=error.code)

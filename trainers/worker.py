@@ -17,13 +17,15 @@ import ray.train
 import torch
 from ray.train.v2._internal.execution import context as train_context
 
+from trainers.audit import audit, first_examples, refuse
 from trainers.checkpoints import newest_checkpoint, upload_checkpoint
 from trainers.fetch import Fetched, fetch
 from trainers.logs import log_to_job
 from trainers.lora import Hooks, Worker, train
 from trainers.products import upload_products, write_products
 from trainers.reports import KEY, Report
-from trainers.rows import TokenizedRows, tokenize
+from trainers.shards import TokenizedRows
+from trainers.tokenized import DataFile, data_files, tokenized
 from tunesmith import layout
 from tunesmith.clock import utc_text
 from tunesmith.errors import TunesmithError
@@ -31,7 +33,6 @@ from tunesmith.orders import training_files
 from tunesmith.settings import Settings
 from tunesmith.spec import TrainJob
 from tunesmith.storage import Storage, open_storage
-from tunesmith.tables import read_rows
 
 STOP_LOOK_S = 1.0
 """How often the stop object is looked for, seconds."""
@@ -70,9 +71,13 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
     torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
     base, dataset = fetch(job.model_url, settings), fetch(job.dataset_url, settings)
     reports.send(phase="tokenize")
-    rows, eval_rows = load_rows(job, base.folder, dataset)
+    data = load_data(job, base.folder, dataset, storage, settings)
+    rows = data.rows
     counts = {"rows": len(rows), "skipped": rows.skipped, "truncated": rows.truncated}
-    logger.info("%s: rows %s; held out: %s", job.id, counts, len(eval_rows) if eval_rows is not None else "none")
+    logger.info("%s: rows %s; held out: %s", job.id, counts, len(data.eval_rows) if data.eval_rows else "none")
+    reports.send(phase="audit")
+    if worker.rank == 0:
+        _audit(data, job, storage, layout.audit(job.id, task.attempt))
 
     def save(step: int, folder: Path | None) -> None:
         if folder is not None:
@@ -84,7 +89,7 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
         outcome = train(
             base.folder,
             rows,
-            eval_rows,
+            data.eval_rows,
             hyperparameters=job.hyperparameters,
             advanced=job.advanced,
             hooks=Hooks(
@@ -114,8 +119,19 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
     reports.send(outcome.steps, products={"summary": summary, "files": files, "stop_reason": stop.reason})
 
 
-def load_rows(job: TrainJob, model_folder: Path, dataset: Fetched) -> tuple[TokenizedRows, TokenizedRows | None]:
-    """The job's rows, tokenised, and its held-out ones where it names a test file."""
+@dataclass(frozen=True)
+class Data:
+    """A job's rows, ready for training."""
+
+    tokenizer: Any
+    files: list[DataFile]
+    rows: TokenizedRows
+    eval_rows: TokenizedRows | None
+    """Held-out rows, where the job names a test file."""
+
+
+def load_data(job: TrainJob, model_folder: Path, dataset: Fetched, storage: Storage, settings: Settings) -> Data:
+    """The job's rows out of the cache of tokenised data, which is filled where they are not there."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
@@ -124,13 +140,37 @@ def load_rows(job: TrainJob, model_folder: Path, dataset: Fetched) -> tuple[Toke
         "hyperparameters": h,
         "advanced": job.advanced,
         "training_type": job.training_type,
+        "storage": storage,
+        "settings": settings,
     }
-    files = training_files(dataset.manifest.tables, h)
-    rows = tokenize((row for name in files for row in read_rows(dataset.folder / name)), tokenizer, **options)
+
+    def progress(read: int, total: int | None) -> None:
+        logger.info("%s: %d of %s rows tokenised", job.id, read, "unknown" if total is None else total)
+
+    files = data_files(dataset, training_files(dataset.manifest.tables, h))
+    rows = tokenized(files, tokenizer, **options, progress=progress)
     if h["test_data_file"] is None:
-        return rows, None
-    held_out = read_rows(dataset.folder / h["test_data_file"])
-    return rows, tokenize(held_out, tokenizer, **options, limit=int(h["max_eval_samples"]))
+        return Data(tokenizer, files, rows, None)
+    held_out = data_files(dataset, [h["test_data_file"]])
+    return Data(tokenizer, files, rows, tokenized(held_out, tokenizer, **options, limit=int(h["max_eval_samples"])))
+
+
+def _audit(data: Data, job: TrainJob, storage: Storage, key: str) -> None:
+    """Look at what will be trained, keep the report with the job, and refuse what must not be trained."""
+    examples = first_examples(data.files, job.hyperparameters, job.training_type)
+    report = audit(
+        data.rows,
+        examples,
+        data.tokenizer,
+        hyperparameters=job.hyperparameters,
+        advanced=job.advanced,
+        model=job.model,
+        dataset=job.dataset,
+    )
+    storage.put(key, report.model_dump_json(indent=2).encode())
+    for finding in report.findings:
+        logger.warning("%s: audit: %s", job.id, finding.message)
+    refuse(report)
 
 
 class _Reports:

@@ -1,10 +1,13 @@
-"""Hyperparameters of the text recipe: one definition checks, defaults and documents (contracts.md, section 3)."""
+"""Hyperparameters of the text recipe: one definition checks, defaults and documents (contracts.md, section 3).
+
+`python -m tunesmith.hyperparameters` writes docs/hyperparameters.md.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.errors import SpecError, nearest
@@ -20,6 +23,7 @@ class Hyperparameter:
     type: type
     default: Value
     help: str
+    help_zh: str
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[Value, ...] = ()
@@ -28,81 +32,139 @@ class Hyperparameter:
     supported: tuple[Value, ...] | None = None
     """The values this version can run; any other that is legal is refused, not ignored. None: all of them."""
 
+    @property
+    def allowed(self) -> tuple[Value, ...]:
+        """The values that can be given, where there are but a few; empty where there are bounds or nothing."""
+        if self.supported is not None:
+            return self.supported
+        return (*self.choices, None) if self.choices and self.optional else self.choices
 
-_H = Hyperparameter
 
+def _text(name: str, default: Value, help: str, help_zh: str, **more: Any) -> Hyperparameter:
+    return Hyperparameter(name, str, default, help, help_zh, **more)
+
+
+def _file(name: str, help: str, help_zh: str, **more: Any) -> Hyperparameter:
+    return Hyperparameter(name, str, None, help, help_zh, optional=True, **more)
+
+
+def _int(
+    name: str, default: Value, low: int, high: int, help: str, help_zh: str, *, optional: bool = False
+) -> Hyperparameter:
+    return Hyperparameter(name, int, default, help, help_zh, low, high, optional=optional)
+
+
+def _float(name: str, default: float, low: float, high: float, help: str, help_zh: str) -> Hyperparameter:
+    return Hyperparameter(name, float, default, help, help_zh, low, high)
+
+
+def _bool(name: str, default: bool, help: str, help_zh: str) -> Hyperparameter:
+    return Hyperparameter(name, bool, default, help, help_zh)
+
+
+_NOT_YET: dict[str, Any] = {"supported": (None,)}
+_MANY = 10**7
+
+MAX_SEQ_LENGTH = 1024
+"""Default of `max_seq_length`, where the model's context is not shorter."""
+
+# fmt: off
 GUIDE: tuple[Hyperparameter, ...] = (
-    _H("data_url", str, None, "storage path of the data, in place of the dataset's", optional=True, supported=(None,)),
-    _H("train_url", str, None, "storage path the products are written to", optional=True, supported=(None,)),
-    _H("train_data_file", str, None, "file name of the training data; absent: all but the test file", optional=True),
-    _H("test_data_file", str, None, "file name of the held-out data; absent: no evaluation", optional=True),
-    _H("prompt_field", str, "prompt", "column with the prompt"),
-    _H("response_field", str, "response", "column with the response; in text-generation it may be missing"),
-    _H("history_field", str, None, "column with earlier turns, a list of [question, answer]", optional=True),
-    _H("prefix", str, "", "text put before every prompt"),
-    _H(
-        "instruction_template", str, None, "text between prefix and prompt; absent: the model's template", optional=True
-    ),
-    _H("response_template", str, None, "text between prompt and response; absent: the model's template", optional=True),
-    _H("lora_alpha", int, 16, "scale of the adapter: it acts with lora_alpha / lora_rank", 1, 4096),
-    _H("lora_dropout", float, 0.0, "dropout before the adapter", 0.0, 0.9),
-    _H("lora_rank", int, 8, "rank of the adapter's matrices", 1, 256),
-    _H("per_device_train_batch_size", int, 4, "rows a worker takes in one forward pass", 1, 1024),
-    _H("gradient_accumulation_steps", int, 1, "forward passes in one optimizer step", 1, 1024),
-    _H("max_steps", int, None, "optimizer steps at most; absent: until the data is used up", 1, 10**7, optional=True),
-    _H("save_steps", int, 100, "optimizer steps from one checkpoint to the next", 1, 10**7),
-    _H("logging_steps", int, 1, "optimizer steps from one report to the next", 1, 10**7),
-    _H("learning_rate", float, 2e-4, "highest learning rate", 1e-9, 1.0),
-    _H("max_grad_norm", float, 1.0, "gradients are scaled down to this norm", 1e-6, 1e6),
-    _H("warmup_ratio", float, 0.03, "share of the steps over which the learning rate rises", 0.0, 1.0),
-    _H("max_seq_length", int, 1024, "tokens of a row at most", 8, 1 << 20),
-    _H(
-        "finetuned_model",
-        str,
-        None,
-        "storage path of an earlier result to go on from",
-        optional=True,
-        supported=(None,),
-    ),
-    _H("bits", int, None, "bits of the quantized base; absent: none", choices=(4, 8), optional=True, supported=(None,)),
-    _H("max_eval_samples", int, 500, "held-out rows evaluated at most", 1, 10**7),
+    _file("data_url", "storage path of the data, in place of the dataset's", "数据的存储路径，代替所选数据集的路径",
+          **_NOT_YET),
+    _file("train_url", "storage path the products are written to", "训练产物写入的存储路径", **_NOT_YET),
+    _file("train_data_file", "file name of the training data; absent: all but the test file",
+          "训练数据的文件名；不填：除测试文件外的所有文件"),
+    _file("test_data_file", "file name of the held-out data; absent: no evaluation",
+          "测试数据的文件名；不填：不做评估"),
+    _text("prompt_field", "prompt", "column with the prompt", "提问所在的列名"),
+    _text("response_field", "response", "column with the response; in text-generation it may be missing",
+          "回答所在的列名；文本生成任务可以没有这一列"),
+    _file("history_field", "column with earlier turns, a list of [question, answer]",
+          "历史对话所在的列名，内容为 [问题, 回答] 的列表"),
+    _text("prefix", "", "text put before every prompt", "加在每条提问之前的文本"),
+    _file("instruction_template", "text between prefix and prompt; absent: the model's template",
+          "prefix 与提问之间的文本；不填：使用模型自带的对话模板"),
+    _file("response_template", "text between prompt and response; absent: the model's template",
+          "提问与回答之间的文本；不填：使用模型自带的对话模板"),
+    _int("lora_alpha", 16, 1, 4096, "scale of the adapter: it acts with lora_alpha / lora_rank",
+         "LoRA 的缩放系数：实际缩放比例为 lora_alpha / lora_rank"),
+    _float("lora_dropout", 0.0, 0.0, 0.9, "dropout before the adapter", "LoRA 之前的随机失活（dropout）比例"),
+    _int("lora_rank", 8, 1, 256, "rank of the adapter's matrices", "LoRA 低秩矩阵的秩"),
+    _int("per_device_train_batch_size", 4, 1, 1024, "rows a worker takes in one forward pass",
+         "每张卡一次前向计算的样本数"),
+    _int("gradient_accumulation_steps", 1, 1, 1024, "forward passes in one optimizer step",
+         "梯度累积步数，即一次参数更新包含的前向计算次数"),
+    _int("max_steps", None, 1, _MANY, "optimizer steps at most; absent: until the data is used up",
+         "最大训练步数，数据用完则提前结束；不填：直到数据用完", optional=True),
+    _int("save_steps", 100, 1, _MANY, "optimizer steps from one checkpoint to the next", "每隔多少步保存一次检查点"),
+    _int("logging_steps", 1, 1, _MANY, "optimizer steps from one report to the next", "每隔多少步记录一次指标"),
+    _float("learning_rate", 2e-4, 1e-9, 1.0, "highest learning rate", "学习率的最大值"),
+    _float("max_grad_norm", 1.0, 1e-6, 1e6, "gradients are scaled down to this norm", "梯度裁剪的最大范数"),
+    _float("warmup_ratio", 0.03, 0.0, 1.0, "share of the steps over which the learning rate rises",
+           "学习率预热步数占总步数的比例"),
+    _int("max_seq_length", MAX_SEQ_LENGTH, 8, 1 << 20, "tokens of a row at most", "每条样本的最大 token 数"),
+    _file("finetuned_model", "storage path of an earlier result to go on from",
+          "已有微调结果的存储路径，在其基础上继续训练", **_NOT_YET),
+    Hyperparameter("bits", int, None, "bits of the quantized base; absent: none",
+                   "模型量化的位数；不填：不量化", choices=(4, 8), optional=True, **_NOT_YET),
+    _int("max_eval_samples", 500, 1, _MANY, "held-out rows evaluated at most", "评估时最多使用的测试样本数"),
 )
 
 ADVANCED: tuple[Hyperparameter, ...] = (
-    _H("num_train_epochs", int, 1, "times the data is gone through", 1, 10**6),
-    _H("seed", int, 0, "seed of order, dropout and adapter", 0, 2**31 - 1),
-    _H("lr_scheduler_type", str, "cosine", "course of the learning rate", choices=("linear", "cosine", "constant")),
-    _H("weight_decay", float, 0.0, "decoupled weight decay", 0.0, 10.0),
-    _H("target_modules", str, "all-linear", "modules that get an adapter: all-linear, or names separated by commas"),
-    _H("train_on_history", bool, False, "whether answers in the history are trained too"),
-    _H(
-        "strategy",
-        str,
-        "auto",
-        "how workers share the work",
-        choices=("auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload"),
-        supported=("auto", "ddp"),
-    ),
-    _H(
-        "precision",
-        str,
-        "auto",
-        "number format of the frozen weights; auto: bf16 where the device has units for it",
-        choices=("auto", "fp32", "bf16"),
-    ),
-    _H("gradient_checkpointing", bool, False, "compute activations again to save memory"),
-    _H(
-        "packing",
-        str,
-        "auto",
-        "how rows share a batch; auto: rows of like length",
-        choices=("auto", "on", "off"),
-        supported=("auto", "off"),
-    ),
-    _H("save_total_limit", int, 2, "checkpoints kept", 1, 1000),
-    _H("max_retries", int, 3, "restarts after lost workers, and further attempts after lost drivers", 0, 100),
-    _H("merge_adapter", bool, True, "whether the new model holds merged weights beside the adapter"),
+    _int("num_train_epochs", 1, 1, 10**6, "times the data is gone through", "训练轮数，即遍历数据的次数"),
+    _int("seed", 0, 0, 2**31 - 1, "seed of order, dropout and adapter",
+         "随机种子，决定数据顺序、随机失活和 LoRA 初始值"),
+    _text("lr_scheduler_type", "cosine", "course of the learning rate", "学习率的变化方式",
+          choices=("linear", "cosine", "constant")),
+    _float("weight_decay", 0.0, 0.0, 10.0, "decoupled weight decay", "权重衰减系数（AdamW）"),
+    _text("target_modules", "all-linear", "modules that get an adapter: all-linear, or names separated by commas",
+          "添加 LoRA 的模块：all-linear 表示所有线性层，或以逗号分隔的模块名"),
+    _bool("train_on_history", False, "whether answers in the history are trained too",
+          "历史对话中的回答是否也参与训练"),
+    _text("strategy", "auto", "how workers share the work; auto: ddp", "多卡并行的方式；auto：ddp",
+          choices=("auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload"), supported=("auto", "ddp")),
+    _text("precision", "auto", "number format of the frozen weights; auto: bf16 where the device has units for it",
+          "冻结权重的数值精度；auto：设备支持时使用 bf16", choices=("auto", "fp32", "bf16")),
+    _bool("gradient_checkpointing", False, "compute activations again to save memory",
+          "重新计算激活值以节省显存（梯度检查点）"),
+    _text("packing", "auto", "whether short rows share a sequence; auto: off, rows of like length share a batch",
+          "短样本是否拼接成一个序列；auto：off，长度相近的样本组成一个批次",
+          choices=("auto", "on", "off"), supported=("auto", "off")),
+    _int("save_total_limit", 2, 1, 1000, "checkpoints kept", "最多保留的检查点个数"),
+    _int("max_retries", 3, 0, 100, "restarts after lost workers, and further attempts after lost drivers",
+         "工作进程或主进程意外丢失后最多重试的次数"),
+    _bool("merge_adapter", True, "whether the new model holds merged weights beside the adapter",
+          "新模型除 LoRA 权重外是否还包含合并后的完整权重"),
 )
+# fmt: on
+
+SECTIONS: Mapping[str, tuple[Hyperparameter, ...]] = {"hyperparameters": GUIDE, "advanced": ADVANCED}
+
+LORA_LEARNING_RATES: tuple[tuple[float, float], ...] = ((1e9, 5e-4), (20e9, 2e-4), (math.inf, 1e-4))
+"""Default learning rate of LoRA by the model's parameters: below the first number, the second.
+
+7 and 13 billion take 2e-4, 33 and 65 billion 1e-4 (Dettmers et al., "QLoRA", 2023, table 9). Below a billion the best
+rate is higher still: it falls with the width, 5e-4 at 2,000 (Schulman et al., "LoRA Without Regret", 2025).
+"""
+
+
+def for_model(
+    known: Iterable[Hyperparameter], details: Mapping[str, Any], *, method: str = "LoRA"
+) -> tuple[Hyperparameter, ...]:
+    """`known` for one model and method: defaults and bounds that follow from the `details` of the model's manifest.
+
+    `parameters` gives the learning rate, `max_seq_length`, the model's context length, bounds the rows' length. Where
+    a detail is missing, all stays as it is.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    parameters, context = details.get("parameters"), details.get("max_seq_length")
+    if method == "LoRA" and parameters:
+        rate = next(rate for limit, rate in LORA_LEARNING_RATES if parameters < limit)
+        changes["learning_rate"] = {"default": rate}
+    if context:
+        changes["max_seq_length"] = {"default": min(MAX_SEQ_LENGTH, context), "maximum": min(1 << 20, context)}
+    return tuple(replace(h, **changes.get(h.name, {})) for h in known)
 
 
 def resolve(
@@ -125,6 +187,11 @@ def resolve(
     return {h.name: _check(h, given[h.name], section) if h.name in given else h.default for h in table.values()}
 
 
+def json_schema(known: Iterable[Hyperparameter]) -> dict[str, Any]:
+    """JSON Schema of an object with these hyperparameters, each with its help in both languages."""
+    return {"type": "object", "additionalProperties": False, "properties": {h.name: _schema(h) for h in known}}
+
+
 def _check(h: Hyperparameter, value: Any, section: str) -> Value:
     if value is None and h.optional:
         return None
@@ -139,12 +206,20 @@ def _check_range(h: Hyperparameter, value: Any, section: str) -> Value:
     if h.choices and value not in h.choices:
         raise _refusal(h, value, section, f"must be one of {', '.join(map(str, h.choices))}")
     if (h.minimum is not None and value < h.minimum) or (h.maximum is not None and value > h.maximum):
-        raise _refusal(h, value, section, f"must be {h.minimum:g} to {h.maximum:g}")
+        raise _refusal(h, value, section, f"must be {bounds(h)}")
     if h.supported is not None and value not in h.supported:
         allowed = ", ".join("absent" if v is None else str(v) for v in h.supported)
         raise _refusal(h, value, section, f"can only be {allowed} in this version", code="not_supported")
     checked: Value = value
     return checked
+
+
+def bounds(h: Hyperparameter) -> str:
+    """`1 to 256`; empty where there are no bounds."""
+    if h.minimum is None or h.maximum is None:
+        return ""
+    # Whole numbers are written out: 262144, not 2.62144e+05.
+    return " to ".join(str(int(b)) if h.type is int else f"{b:g}" for b in (h.minimum, h.maximum))
 
 
 def _refusal(
@@ -156,5 +231,68 @@ def _refusal(
 
 
 def _elsewhere(name: str, section: str) -> str | None:
-    other, table = ("advanced", ADVANCED) if section == "hyperparameters" else ("hyperparameters", GUIDE)
-    return f"{name} belongs under {other}" if any(h.name == name for h in table) else None
+    for other, table in SECTIONS.items():
+        if other != section and any(h.name == name for h in table):
+            return f"{name} belongs under {other}"
+    return None
+
+
+def _schema(h: Hyperparameter) -> dict[str, Any]:
+    kind = {str: "string", int: "integer", float: "number", bool: "boolean"}[h.type]
+    made: dict[str, Any] = {"type": [kind, "null"] if h.optional else kind, "default": h.default}
+    if h.allowed:
+        made["enum"] = list(h.allowed)
+    if h.minimum is not None:
+        made |= {"minimum": h.minimum, "maximum": h.maximum}
+    return {**made, "description": h.help, "x-description-zh": h.help_zh}
+
+
+def document() -> str:
+    """The text of docs/hyperparameters.md."""
+    rates = ", ".join(
+        f"{rate:g} below {limit / 1e9:g} billion" if limit < math.inf else f"{rate:g} from there on"
+        for limit, rate in LORA_LEARNING_RATES
+    )
+    lines = [
+        "<!-- Written by `python -m tunesmith.hyperparameters`: change the definition there, not this file. -->",
+        "# Hyperparameters of the text recipe",
+        "",
+        "An order gives them under `hyperparameters` (`--set NAME=VALUE`) and `advanced` (`--advanced NAME=VALUE`).",
+        "An unknown name, a wrong type or a value out of bounds is refused at the order.",
+        "",
+        "Two follow from the model, where its details are known:",
+        "",
+        f"- `learning_rate` of LoRA by the model's parameters: by default {rates};",
+        "  the table has the one for a model of unknown size.",
+        "- `max_seq_length` is at most the model's context length, and by default no more than it.",
+    ]
+    for section, known in SECTIONS.items():
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            "| name | type | default | allowed | what | 说明 |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [f"| {' | '.join(_cells(h))} |" for h in known]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(h: Hyperparameter) -> tuple[str, ...]:
+    allowed = ", ".join(map(_code, h.allowed)) + (" (in this version)" if h.supported else "")
+    return f"`{h.name}`", h.type.__name__, _code(h.default), allowed if h.allowed else bounds(h), h.help, h.help_zh
+
+
+def _code(value: Value) -> str:
+    if value is None:
+        return "absent"
+    if value == "":
+        return "empty"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    (Path(sys.argv[1]) if sys.argv[1:] else Path("docs/hyperparameters.md")).write_text(document(), encoding="utf-8")

@@ -85,12 +85,22 @@ def events(job_id: str, number: int) -> str:
     return f"{attempt(job_id, number)}/events"
 
 
+def audit(job_id: str, number: int) -> str:
+    """The report on what the attempt trains."""
+    return f"{attempt(job_id, number)}/audit.json"
+
+
 def checkpoints(job_id: str, number: int) -> str:
     return f"{attempt(job_id, number)}/checkpoints"
 
 
 def checkpoint(job_id: str, number: int, step: int) -> str:
     return f"{checkpoints(job_id, number)}/{step}"
+
+
+def tokenized(key: str) -> str:
+    """Prefix of tokenised data, shared by all jobs that need the same."""
+    return f"cache/tokenized/{key}"
 
 
 def split_job_url(url: str) -> tuple[str, str]:

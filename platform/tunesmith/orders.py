@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 
 from tunesmith import layout
 from tunesmith.catalog import Manifest, get_manifest, newest_version
+from tunesmith.columns import find_form
 from tunesmith.errors import DataError, SpecError, nearest
 from tunesmith.flavors import get_flavor
-from tunesmith.hyperparameters import ADVANCED, GUIDE, Value, resolve
+from tunesmith.hyperparameters import ADVANCED, GUIDE, Value, for_model, resolve
 from tunesmith.settings import Settings
 from tunesmith.spec import TEXT_TYPES, RegisterJob, RegisterSpec, TrainJob, TrainSpec
 from tunesmith.storage import Storage
@@ -38,7 +39,8 @@ def draft(
     model = get_manifest(storage, "model", spec.model)
     dataset = get_manifest(storage, "dataset", spec.dataset)
     training_type = _training_type(spec, model)
-    hyperparameters = resolve(spec.hyperparameters, GUIDE, section="hyperparameters")
+    known = for_model(GUIDE, model.details, method=spec.method)
+    hyperparameters = resolve(spec.hyperparameters, known, section="hyperparameters")
     advanced = resolve(spec.advanced, ADVANCED, section="advanced")
     _check_files(dataset, hyperparameters)
     _check_columns(dataset, hyperparameters, training_type)
@@ -143,20 +145,13 @@ def training_files(paths: Iterable[str], hyperparameters: Mapping[str, Value]) -
 
 
 def _check_columns(dataset: Manifest, hyperparameters: dict[str, Value], training_type: str) -> None:
-    needed = ["prompt_field", "history_field"]
-    if training_type == "text-question-answering":
-        needed.insert(1, "response_field")
     files = training_files(dataset.tables, hyperparameters)
     if hyperparameters["test_data_file"] is not None:
         files = [*files, str(hyperparameters["test_data_file"])]
     for path in files:
-        columns = dataset.tables[path].columns
-        for field in needed:
-            wanted = hyperparameters[field]
-            if wanted is not None and wanted not in columns:
-                raise DataError(
-                    f"{path} of {dataset.ref} has no column {wanted!r}; it has {', '.join(columns)}",
-                    fields=[f"hyperparameters.{field}"],
-                    hint=nearest(str(wanted), columns) or f"set {field} to one of the file's columns",
-                    code="missing_column",
-                )
+        find_form(
+            dataset.tables[path].columns,
+            hyperparameters,
+            training_type=training_type,
+            file=f"{path} of {dataset.ref}",
+        )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from tunesmith.errors import SpecError, nearest
+from tunesmith.hyperparameters import ADVANCED, GUIDE, json_schema
 
 SCHEMA_VERSION = 1
 
@@ -30,8 +31,8 @@ class TrainSpec(Frozen):
     training_type: str | None = None
     """Default: the model's task type."""
     method: Literal["LoRA"] = "LoRA"
-    hyperparameters: dict[str, Any] = {}
-    advanced: dict[str, Any] = {}
+    hyperparameters: Annotated[dict[str, Any], WithJsonSchema(json_schema(GUIDE))] = {}
+    advanced: Annotated[dict[str, Any], WithJsonSchema(json_schema(ADVANCED))] = {}
     flavor: str
     cards: int = Field(default=1, ge=1, le=1024)
     output_model: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tunesmith.cli import assets, jobs, machine, orders
+from tunesmith.cli import assets, audits, jobs, machine, orders
 
 _HELP = """
 Fine-tuning on Ray: pick a model, pick data, order a job, watch it, get a new model.
@@ -38,6 +38,7 @@ _datasets = typer.Typer(help="Datasets: what jobs train on.", no_args_is_help=Tr
 _datasets.command("list")(assets.list_datasets)
 _datasets.command("show")(assets.show_dataset)
 _datasets.command("register")(assets.register_dataset)
+_datasets.command("audit")(audits.audit_dataset)
 app.add_typer(_datasets, name="datasets")
 
 _flavors = typer.Typer(help="Flavors: what one worker of a job gets, and its price.", no_args_is_help=True)

@@ -12,7 +12,7 @@ import typer
 from tunesmith.cli import tables
 from tunesmith.cli.session import AsJson, answer, follow_to_end, open_client, output
 from tunesmith.errors import SpecError, nearest
-from tunesmith.hyperparameters import ADVANCED, GUIDE
+from tunesmith.hyperparameters import SECTIONS, for_model
 
 if TYPE_CHECKING:
     from tunesmith.client import Client
@@ -83,15 +83,22 @@ def list_flavors(as_json: AsJson = False) -> None:
 
 
 def hyperparameters(
-    name: Annotated[str | None, typer.Argument(help="Only this one.")] = None, as_json: AsJson = False
+    name: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
+    model: Annotated[str | None, typer.Option(help="Defaults and bounds for this model.")] = None,
+    chinese: Annotated[bool, typer.Option("--zh", help="Say in Chinese what each is.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a job can be told by `--set` and `--advanced`: types, defaults, bounds."""
-    sections = {"hyperparameters": GUIDE, "advanced": ADVANCED}
+    sections = dict(SECTIONS)
+    if model is not None:
+        with open_client() as client:
+            details = client.model(model).details
+        sections = {section: for_model(known, details) for section, known in sections.items()}
     if name is not None:
+        names = [h.name for known in sections.values() for h in known]
         found = {section: tuple(h for h in known if h.name == name) for section, known in sections.items()}
         sections = {section: known for section, known in found.items() if known}
         if not sections:
-            names = [h.name for h in (*GUIDE, *ADVANCED)]
             raise SpecError(
                 f"there is no hyperparameter {name!r}", hint=nearest(name, names), code="unknown_hyperparameter"
             )
@@ -101,12 +108,12 @@ def hyperparameters(
             for section, known in sections.items()
             for h in known
         ]
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     console = output()
     for section, known in sections.items():
         console.print(f"{section} (--{'set' if section == 'hyperparameters' else 'advanced'})", style="bold")
-        console.print(tables.hyperparameters(known))
+        console.print(tables.hyperparameters(known, chinese=chinese))
 
 
 def _finish(client: Client, job: JobView, *, wait: bool, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.hyperparameters import ADVANCED, GUIDE, Hyperparameter
+from tunesmith.hyperparameters import SECTIONS, Hyperparameter, bounds
 
 if TYPE_CHECKING:
     from tunesmith.attempts import MetricLine
@@ -141,9 +141,12 @@ def flavors(rows: Iterable[Flavor]) -> Table:
     )
 
 
-def hyperparameters(rows: Iterable[Hyperparameter]) -> Table:
+def hyperparameters(rows: Iterable[Hyperparameter], *, chinese: bool = False) -> Table:
     columns = ("NAME", "TYPE", "DEFAULT", "ALLOWED", "WHAT")
-    return table(columns, ((h.name, h.type.__name__, _value(h.default), _allowed(h), h.help) for h in rows))
+    return table(
+        columns,
+        ((h.name, h.type.__name__, _value(h.default), _allowed(h), h.help_zh if chinese else h.help) for h in rows),
+    )
 
 
 def metrics(lines: Iterable[MetricLine]) -> Table:
@@ -167,7 +170,7 @@ def _metric_name(line: MetricLine) -> str:
 def _changed(spec: Mapping[str, Any]) -> list[tuple[str, object]]:
     """The hyperparameters of a resolved spec that differ from their defaults."""
     found: list[tuple[str, object]] = []
-    for section, known in (("hyperparameters", GUIDE), ("advanced", ADVANCED)):
+    for section, known in SECTIONS.items():
         given = spec.get(section, {})
         for h in known:
             if h.name in given and given[h.name] != h.default:
@@ -176,13 +179,9 @@ def _changed(spec: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 
 def _allowed(h: Hyperparameter) -> str:
-    if h.supported is not None:
-        return " | ".join(_value(value) for value in h.supported) + " (in this version)"
-    if h.choices:
-        return " | ".join(_value(value) for value in h.choices)
-    if h.minimum is None or h.maximum is None:
-        return ""
-    return f"{h.minimum:g} to {h.maximum:g}"
+    if not h.allowed:
+        return bounds(h)
+    return " | ".join(map(_value, h.allowed)) + (" (in this version)" if h.supported else "")
 
 
 def _value(value: object) -> str:

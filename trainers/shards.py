@@ -1,0 +1,264 @@
+"""Tokenised rows as Arrow files: written batch by batch, read where they lie."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from trainers.rows import Encoded
+
+SHARD_BYTES = 256 << 20
+"""A shard is closed once it holds so much."""
+
+_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_()))])
+_MAPPED_BYTES = 64 << 20
+"""So much of the files is mapped in at a time; the rest lies in the system's cache, or on the disk."""
+_FAULT_BYTES = 3 * (64 << 10)
+"""What one look at a row maps in at most besides it: around its place, its tokens and its mask."""
+
+
+class Counts(BaseModel):
+    """What tokenising has found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    read: int = 0
+    """Rows read."""
+    rows: int = 0
+    """Rows kept."""
+    skipped: int = 0
+    """Rows without a prompt or a response."""
+    truncated: int = 0
+    """Rows that lost tokens to `max_seq_length`."""
+    untrained: int = 0
+    """Rows kept that have no trained token to predict."""
+    answer_cut: int = 0
+    """Rows kept whose last answer lost its end."""
+    ended: int = 0
+    """Rows kept whose end of turn is trained."""
+    spelled_out: int = 0
+    """Rows kept whose text spells out a control token."""
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    """Tokens of the longest row kept."""
+    lengths: dict[int, int] = {}
+    """Rows kept by length: the upper bound of each class, a power of two, and its rows."""
+
+    def __add__(self, other: Counts) -> Counts:
+        classes = sorted({*self.lengths, *other.lengths})
+        return Counts(
+            **{name: getattr(self, name) + getattr(other, name) for name in _SUMMED},
+            longest=max(self.longest, other.longest),
+            lengths={bound: self.lengths.get(bound, 0) + other.lengths.get(bound, 0) for bound in classes},
+        )
+
+
+_SUMMED = (
+    *("read", "rows", "skipped", "truncated", "untrained"),
+    *("answer_cut", "ended", "spelled_out", "tokens", "trained_tokens"),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows in a few arrays, cheap to send to another process."""
+
+    counts: Counts
+    offsets: npt.NDArray[np.int32]
+    """[rows + 1]: where each row's tokens begin and end."""
+    ids: npt.NDArray[np.int32]
+    """[tokens]"""
+    trained: npt.NDArray[np.uint8]
+    """[tokens / 8]: a bit a token, the lowest first."""
+
+    @classmethod
+    def of(cls, encoded: Sequence[Encoded], *, read: int, skipped: int) -> Batch:
+        lengths = np.fromiter((len(row.ids) for row in encoded), np.int64, len(encoded))
+        trained = np.concatenate([row.trained for row in encoded]) if encoded else np.zeros(0, np.bool_)
+        classes, rows = np.unique(1 << np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), return_counts=True)
+        counts = Counts(
+            read=read,
+            rows=len(encoded),
+            skipped=skipped,
+            truncated=sum(row.truncated for row in encoded),
+            untrained=sum(row.targets == 0 for row in encoded),
+            answer_cut=sum(row.answer_cut for row in encoded),
+            ended=sum(row.ended for row in encoded),
+            spelled_out=sum(row.spelled_out for row in encoded),
+            tokens=int(lengths.sum()),
+            trained_tokens=int(trained.sum()),
+            longest=int(lengths.max(initial=0)),
+            lengths=dict(zip(classes.tolist(), rows.tolist(), strict=True)),
+        )
+        return cls(
+            counts,
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+            np.concatenate([np.asarray(row.ids, np.int32) for row in encoded]) if encoded else np.zeros(0, np.int32),
+            np.packbits(trained, bitorder="little"),
+        )
+
+    def arrow(self) -> Any:
+        offsets = pa.py_buffer(self.offsets)
+        columns = [
+            pa.Array.from_buffers(kind, self.counts.rows, [None, offsets], children=[values])
+            for kind, values in (
+                (_SCHEMA.types[0], pa.array(self.ids)),
+                (
+                    _SCHEMA.types[1],
+                    pa.Array.from_buffers(pa.bool_(), len(self.ids), [None, pa.py_buffer(self.trained)]),
+                ),
+            )
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+
+
+class Shard(BaseModel):
+    """One file of rows."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    size_bytes: int
+    rows: int
+
+
+class ShardWriter:
+    """Writes batches in their order to the shards of a folder, each synced to the disk before the next begins."""
+
+    def __init__(self, folder: Path, closed: Callable[[Path], None]) -> None:
+        """`closed` is called with the path of every shard that is whole."""
+        self.shards: list[Shard] = []
+        self._folder = folder
+        self._closed = closed
+        self._file: BinaryIO | None = None
+        self._writer: Any = None
+        self._rows = 0
+
+    def write(self, batch: Batch) -> None:
+        if not batch.counts.rows:
+            return
+        if self._file is None:
+            self._file = _create(self._folder / self._name())
+            self._writer = pa.ipc.new_file(self._file, _SCHEMA)
+        self._writer.write_batch(batch.arrow())
+        self._rows += batch.counts.rows
+        if self._file.tell() >= SHARD_BYTES:
+            self.close()
+
+    def close(self) -> None:
+        """End the open shard."""
+        if self._file is None:
+            return
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.shards.append(Shard(name=self._name(), size_bytes=self._file.tell(), rows=self._rows))
+        self.abandon()
+        self._closed(self._folder / self.shards[-1].name)
+
+    def abandon(self) -> None:
+        """Let the open shard's file go."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self._writer, self._rows = None, None, 0
+
+    def _name(self) -> str:
+        return f"{len(self.shards):05d}.arrow"
+
+
+class TokenizedRows:
+    """Rows ready for training, by their number. Of each its length is held in memory; the rest stays in the files."""
+
+    def __init__(self, batches: Sequence[Any], counts: Counts, maps: Sequence[mmap.mmap] = ()) -> None:
+        """`batches` are Arrow record batches, those of `maps` in them."""
+        self.report = counts
+        self.lengths: npt.NDArray[np.int32] = np.empty(sum(batch.num_rows for batch in batches), np.int32)
+        """[rows]: tokens of each row."""
+        self._maps = maps
+        self._mapped = 0
+        self._parts = [_arrays(batch) for batch in batches]
+        self._starts = np.concatenate([[0], np.cumsum([batch.num_rows for batch in batches])]).astype(np.int64)
+        for start, (offsets, _, _) in zip(self._starts, self._parts, strict=False):
+            self.lengths[start : start + len(offsets) - 1] = np.diff(offsets)
+            self._count(offsets.nbytes)
+
+    @classmethod
+    def open(cls, paths: Sequence[Path], counts: Counts) -> TokenizedRows:
+        """The rows of the shards at `paths`, in order. ValueError or OSError where one is not whole."""
+        maps: list[mmap.mmap] = []
+        batches: list[Any] = []
+        for path in paths:
+            with path.open("rb") as file:
+                maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            reader = pa.ipc.open_file(pa.py_buffer(maps[-1]))
+            batches += [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        return cls(batches, counts, maps)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def skipped(self) -> int:
+        return self.report.skipped
+
+    @property
+    def truncated(self) -> int:
+        return self.report.truncated
+
+    def ids(self, row: int) -> npt.NDArray[np.int32]:
+        """Token ids of a row; not to be written to."""
+        (_, ids, _), start, end = self._find(row)
+        return ids[start:end]
+
+    def trained(self, row: int) -> npt.NDArray[np.bool_]:
+        """Which of a row's tokens are trained."""
+        (_, _, bits), start, end = self._find(row)
+        first = start // 8
+        unpacked = np.unpackbits(bits[first : -(-end // 8)], bitorder="little")
+        return unpacked[start - 8 * first : end - 8 * first].view(np.bool_)
+
+    def _find(self, row: int) -> tuple[_Arrays, int, int]:
+        if not 0 <= row < len(self.lengths):
+            raise IndexError(f"row {row} of {len(self.lengths)}")
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        arrays = self._parts[part]
+        at = row - int(self._starts[part])
+        start, end = int(arrays[0][at]), int(arrays[0][at + 1])
+        self._count(4 * (end - start))
+        return arrays, start, end
+
+    def _count(self, size_bytes: int) -> None:
+        """Let the maps go after so many bytes: pages looked at count as the process's memory until then."""
+        self._mapped += size_bytes + _FAULT_BYTES
+        if self._mapped >= _MAPPED_BYTES:
+            self._mapped = 0
+            for each in self._maps:
+                each.madvise(mmap.MADV_DONTNEED)
+
+
+_Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint8]]
+
+
+def _arrays(batch: Any) -> _Arrays:
+    ids, trained = batch.columns
+    bits = np.frombuffer(trained.values.buffers()[1], np.uint8) if len(trained.values) else np.zeros(0, np.uint8)
+    return ids.offsets.to_numpy(), ids.values.to_numpy(), bits
+
+
+def _create(path: Path) -> BinaryIO:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Between the two lines a deletion may take the empty folder away.
+        with suppress(FileNotFoundError):
+            return path.open("xb")

@@ -1,0 +1,203 @@
+"""Tokenised data, made once and shared: by the workers of a node, by later jobs, by the trials of a search.
+
+Rows keep the order of their files. A few blocks are held at a time, whatever the files' size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainers.encoding import Recipe, Task, encode_here, encode_in_processes
+from trainers.fetch import Fetched
+from trainers.formats import detect
+from trainers.shards import Batch, Counts, TokenizedRows
+from trainers.token_cache import TokenCache
+from tunesmith.catalog import hash_file
+from tunesmith.errors import DataError
+from tunesmith.settings import Settings
+from tunesmith.storage import Storage
+from tunesmith.tables import Block, Row, describe, read_blocks
+
+__all__ = ["Counts", "DataFile", "TokenizedRows", "data_files", "tokenize_rows", "tokenized"]
+
+FORMAT = 1
+"""Raised when what is stored changes its form."""
+PARALLEL_BYTES = 16 << 20
+"""Files that are smaller in all are encoded in this process: others would take as long to start."""
+PROGRESS_S = 1.0
+
+_CODE = (
+    "trainers.rows",
+    "trainers.templates",
+    "trainers.control_tokens",
+    "trainers.formats",
+    "trainers.encoding",
+    "tunesmith.columns",
+)
+"""Modules that decide which tokens come out: another text of theirs, another key."""
+_NO_MATTER = {
+    "hyperparameters": "data_url train_url train_data_file test_data_file lora_alpha lora_dropout lora_rank "
+    "per_device_train_batch_size gradient_accumulation_steps max_steps save_steps logging_steps learning_rate "
+    "max_grad_norm warmup_ratio finetuned_model bits max_eval_samples",
+    "advanced": "num_train_epochs seed lr_scheduler_type weight_decay target_modules strategy precision "
+    "gradient_checkpointing packing save_total_limit max_retries merge_adapter",
+}
+"""What leaves the tokens as they are; everything else is part of the key."""
+
+Progress = Callable[[int, int | None], None]
+"""Called about once a second with the rows read and, where it is known, how many there are; may raise to give up."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A local data file and what is known of it."""
+
+    path: Path
+    sha256: str
+    columns: Sequence[str]
+    rows: int | None
+
+    @classmethod
+    def at(cls, path: Path) -> DataFile:
+        """A file that no manifest describes, read to its end."""
+        table = describe(path)
+        return cls(path, hash_file(path), table.columns, table.rows)
+
+
+def data_files(dataset: Fetched, names: Iterable[str]) -> list[DataFile]:
+    """The named data files of a dataset."""
+    hashes = {file.path: file.sha256 for file in dataset.manifest.files}
+    tables = dataset.manifest.tables
+    return [DataFile(dataset.folder / name, hashes[name], tables[name].columns, tables[name].rows) for name in names]
+
+
+def tokenized(
+    files: Sequence[DataFile],
+    tokenizer: Any,
+    *,
+    hyperparameters: Mapping[str, Any],
+    advanced: Mapping[str, Any],
+    training_type: str,
+    storage: Storage,
+    settings: Settings,
+    limit: int | None = None,
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> TokenizedRows:
+    """The rows of `files` in their order, at most `limit`, from the cache or made now by `processes` (default: cores).
+
+    On one node one builder works at a time, and those that come meanwhile take what it made; a killed one leaves no
+    lock. Raises DataError where no row is left, or with the file and line of a row that is not what it must be.
+    """
+    recipe = Recipe(tokenizer, hyperparameters, advanced)
+    key = cache_key(files, recipe, training_type=training_type, limit=limit)
+    tasks = _tasks(files, recipe, training_type)
+    small = limit is not None or sum(file.path.stat().st_size for file in files) < PARALLEL_BYTES
+    processes = 1 if small else processes or len(os.sched_getaffinity(0))
+    encoded = encode_here(tasks, recipe, limit) if processes == 1 else encode_in_processes(tasks, recipe, processes)
+    known = [file.rows for file in files]
+    total = sum(filter(None, known)) if None not in known else None
+    cache = TokenCache(storage, settings.home / "cache" / "tokenized", key)
+    with closing(encoded):
+        rows = cache.rows(_checked(_told(encoded, progress, total)))
+    if progress is not None:
+        progress(rows.report.read, rows.report.read)
+    return rows
+
+
+def tokenize_rows(
+    rows: Iterable[Row],
+    tokenizer: Any,
+    *,
+    hyperparameters: Mapping[str, Any],
+    advanced: Mapping[str, Any],
+    training_type: str,
+    limit: int | None = None,
+) -> TokenizedRows:
+    """`rows` tokenised in memory, for a few. DataError as `tokenized`."""
+    held = list(enumerate(rows, start=1))
+    columns = dict.fromkeys(name for _, row in held for name in row)
+    if hyperparameters["history_field"] is not None:
+        columns[hyperparameters["history_field"]] = None  # rows without it have none
+    recipe = Recipe(tokenizer, hyperparameters, advanced)
+    task = (Block(Path("rows.json"), parsed=held), detect(list(columns), hyperparameters, training_type))
+    batches = list(_checked(encode_here([task], recipe, limit)))
+    return TokenizedRows([batch.arrow() for batch in batches], sum((batch.counts for batch in batches), Counts()))
+
+
+def cache_key(files: Sequence[DataFile], recipe: Recipe, *, training_type: str, limit: int | None) -> str:
+    """A hash of all that decides which tokens come out."""
+    backend = hashlib.sha256(recipe.tokenizer.backend_tokenizer.to_str().encode())
+    parts = {
+        "format": FORMAT,
+        "code": [hashlib.sha256(_source(module)).hexdigest() for module in _CODE],
+        "versions": [importlib.metadata.version(package) for package in ("tokenizers", "transformers")],
+        "tokenizer": [
+            type(recipe.tokenizer).__name__,
+            backend.hexdigest(),
+            recipe.tokenizer.special_tokens_map,
+            [getattr(recipe.tokenizer, f"add_{name}_token", None) for name in ("bos", "eos")],
+            getattr(recipe.tokenizer, "split_special_tokens", None),
+        ],
+        "template": recipe.tokenizer.chat_template,
+        "hyperparameters": _that_matter("hyperparameters", recipe.hyperparameters),
+        "advanced": _that_matter("advanced", recipe.advanced),
+        "training_type": training_type,
+        "files": [(file.sha256, file.path.suffix.lower(), list(file.columns)) for file in files],
+        "limit": limit,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def _that_matter(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in _NO_MATTER[section].split()}
+
+
+def _source(module: str) -> bytes:
+    spec = importlib.util.find_spec(module)
+    return Path(spec.origin).read_bytes() if spec is not None and spec.origin is not None else b""
+
+
+def _tasks(files: Sequence[DataFile], recipe: Recipe, training_type: str) -> Iterator[Task]:
+    for file in files:
+        try:
+            form = detect(file.columns, recipe.hyperparameters, training_type)
+        except DataError as error:
+            message = f"{file.path.name}: {error.message}"
+            raise DataError(message, fields=error.fields, hint=error.hint, code=error.code) from None
+        for block in read_blocks(file.path):
+            yield block, form
+
+
+def _told(batches: Iterator[Batch], progress: Progress | None, total: int | None) -> Iterator[Batch]:
+    read, said = 0, time.monotonic()
+    for batch in batches:
+        read += batch.counts.read
+        if progress is not None and time.monotonic() - said >= PROGRESS_S:
+            said = time.monotonic()
+            progress(read, total)
+        yield batch
+
+
+def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """`batches`, and in their place a DataError where all of them hold no row."""
+    counts = Counts()
+    for batch in batches:
+        counts += batch.counts
+        yield batch
+    if counts.rows == 0:
+        raise DataError(
+            f"no row is left to train on: {counts.skipped} of {counts.read} have no prompt or no response",
+            fields=["hyperparameters.prompt_field", "hyperparameters.response_field"],
+            code="no_row_left",
+        )
