@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo setup check test soak clean
+.PHONY: demo setup check lint test soak clean
 
 # DATA=FILE PROMPT_FIELD=… RESPONSE_FIELD=… takes your own rows; KEEP=1 leaves the platform running.
 demo: $(VENV)/.demo  ## one job on a small dataset of our own, watched live
@@ -25,12 +25,14 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-check: setup  ## format, lint, types, import layers, fast tests
+check: lint  ## lint and the fast tests
+	$(BIN)/python -m pytest -q -m 'not ray and not s3 and not gpu and not soak'
+
+lint: setup  ## format, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m 'not ray and not s3 and not gpu and not soak'
 
 test: setup  ## everything that needs no GPU and does not take long
 	$(BIN)/python -m pytest -m 'not gpu and not soak'
