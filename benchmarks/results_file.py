@@ -19,6 +19,13 @@ FOLDER = Path(__file__).with_name("results")
 ROOT = FOLDER.parents[1]
 
 
+def say(lines: list[str], line: str) -> None:
+    """Print a line, and keep it for the raw log."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+    lines.append(line)
+
+
 def figure(values: Sequence[float], unit: str) -> dict[str, Any]:
     """The median of a figure's runs, with their range."""
     return {

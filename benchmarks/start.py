@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_file import figure, write_results
+from benchmarks.results_file import figure, say, write_results
 from trainers.batches import BatchPlan
 from trainers.tokenized import tokenize_rows
 from tunesmith import clock, layout, local, ports
@@ -53,8 +53,8 @@ def main() -> None:
         "bare_script_s": figure(bare, "s"),
     }
     for key, value in figures.items():
-        _say(lines, f"{key}: {value['value']:.2f} {value['unit']} ({value['min']:.2f} to {value['max']:.2f})")
-    _say(lines, str(write_results("start", figures, "\n".join(lines) + "\n")))
+        say(lines, f"{key}: {value['value']:.2f} {value['unit']} ({value['min']:.2f} to {value['max']:.2f})")
+    say(lines, str(write_results("start", figures, "\n".join(lines) + "\n")))
 
 
 def _measure(
@@ -69,7 +69,7 @@ def _measure(
         mine, my_loss, phases = _job(client, arguments)
         if abs(my_loss - their_loss) > 1e-3 * their_loss:
             raise SystemExit(f"the first steps are not the same: losses {my_loss} and {their_loss}")
-        _say(
+        say(
             lines,
             f"round {number}: job {mine:.2f} s, bare {theirs:.2f} s, losses {my_loss:.4f} {their_loss:.4f}; {phases}",
         )
@@ -162,12 +162,6 @@ def _settings(home: Path) -> Settings:
     numbers = dict(zip(("RAY_PORT", "RAY_DASHBOARD_PORT", "PORT"), map(str, ports.free(3)), strict=True))
     own = {"HOME": str(home), "SEGMENT_S": "1", **numbers}
     return Settings.from_env({f"TUNESMITH_{name}": text for name, text in own.items()})
-
-
-def _say(lines: list[str], line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-    lines.append(line)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results_file import figure, write_results
+from benchmarks.results_file import figure, say, write_results
 
 MAX_LENGTH = 4096
 """No row is cut: what each makes of a long one is its own affair."""
@@ -55,8 +55,8 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> None:
     (folder / "rows.jsonl").write_bytes(text * arguments.copies)
     rows = text.count(b"\n") * arguments.copies
     lines: list[str] = []
-    _say(lines, f"{rows} rows, {len(text) * arguments.copies} bytes, {os.cpu_count()} cores")
-    _say(lines, ", ".join(f"{name} {version(name)}" for name in ("datasets", "tokenizers", "pyarrow")))
+    say(lines, f"{rows} rows, {len(text) * arguments.copies} bytes, {os.cpu_count()} cores")
+    say(lines, ", ".join(f"{name} {version(name)}" for name in ("datasets", "tokenizers", "pyarrow")))
     speeds: dict[str, list[float]] = {"ours": [], "theirs": [], "map": []}
     # The first of each fills the disk's cache and counts for nothing.
     for number in range(arguments.rounds + 1):
@@ -66,7 +66,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> None:
         seconds = {"ours": told["ours"]["seconds"], "theirs": told["theirs"]["seconds"], "map": told["theirs"]["map"]}
         said = [f"{name} {value:.1f} s {rows / value:.0f} rows/s" for name, value in seconds.items()]
         cpu = [f"{name} {told[name]['cpu']:.1f} s" for name in told]
-        _say(lines, f"round {number}: {', '.join(said)}; CPU {', '.join(cpu)}")
+        say(lines, f"round {number}: {', '.join(said)}; CPU {', '.join(cpu)}")
         if number > 0:
             for name, value in seconds.items():
                 speeds[name].append(rows / value)
@@ -77,8 +77,8 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> None:
         "datasets_map_rows_per_s": figure(speeds["map"], "rows/s"),
     }
     for key, value in figures.items():
-        _say(lines, f"{key}: {value['value']:.2f} {value['unit']} ({value['min']:.2f} to {value['max']:.2f})")
-    _say(lines, str(write_results("tokenize", figures, "\n".join(lines) + "\n")))
+        say(lines, f"{key}: {value['value']:.2f} {value['unit']} ({value['min']:.2f} to {value['max']:.2f})")
+    say(lines, str(write_results("tokenize", figures, "\n".join(lines) + "\n")))
 
 
 def _run(name: str, folder: Path, number: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -190,12 +190,6 @@ def _load_tokenizer(arguments: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(arguments.folder.parent / "tokenizer")
-
-
-def _say(lines: list[str], line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-    lines.append(line)
 
 
 if __name__ == "__main__":

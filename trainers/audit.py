@@ -70,7 +70,7 @@ def audit(
         checker.check(example, rows.ids(row), rows.trained(row))
         for row, example in zip(range(len(rows)), examples, strict=False)
     ]
-    counts = AuditCounts(**rows.report.model_dump())
+    counts = rows.report
     off, merged = sum(check.off for check in checks), sum(check.merged for check in checks)
     shown = min(SHOWN_ROWS, len(rows))
     return AuditReport(

@@ -16,6 +16,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from trainers.rows import Encoded
+from tunesmith.audit import AuditCounts
 
 SHARD_BYTES = 256 << 20
 """A shard is closed once it holds so much."""
@@ -27,54 +28,11 @@ _FAULT_BYTES = 3 * (64 << 10)
 """What one look at a row maps in at most besides it: around its place, its tokens and its mask."""
 
 
-class Counts(BaseModel):
-    """What tokenising has found."""
-
-    model_config = ConfigDict(frozen=True)
-
-    read: int = 0
-    """Rows read."""
-    rows: int = 0
-    """Rows kept."""
-    skipped: int = 0
-    """Rows without a prompt or a response."""
-    truncated: int = 0
-    """Rows that lost tokens to `max_seq_length`."""
-    untrained: int = 0
-    """Rows kept that have no trained token to predict."""
-    answer_cut: int = 0
-    """Rows kept whose last answer lost its end."""
-    ended: int = 0
-    """Rows kept whose end of turn is trained."""
-    spelled_out: int = 0
-    """Rows kept whose text spells out a control token."""
-    tokens: int = 0
-    trained_tokens: int = 0
-    longest: int = 0
-    """Tokens of the longest row kept."""
-    lengths: dict[int, int] = {}
-    """Rows kept by length: the upper bound of each class, a power of two, and its rows."""
-
-    def __add__(self, other: Counts) -> Counts:
-        classes = sorted({*self.lengths, *other.lengths})
-        return Counts(
-            **{name: getattr(self, name) + getattr(other, name) for name in _SUMMED},
-            longest=max(self.longest, other.longest),
-            lengths={bound: self.lengths.get(bound, 0) + other.lengths.get(bound, 0) for bound in classes},
-        )
-
-
-_SUMMED = (
-    *("read", "rows", "skipped", "truncated", "untrained"),
-    *("answer_cut", "ended", "spelled_out", "tokens", "trained_tokens"),
-)
-
-
 @dataclass(frozen=True)
 class Batch:
     """Rows in a few arrays, cheap to send to another process."""
 
-    counts: Counts
+    counts: AuditCounts
     offsets: npt.NDArray[np.int32]
     """[rows + 1]: where each row's tokens begin and end."""
     ids: npt.NDArray[np.int32]
@@ -87,7 +45,7 @@ class Batch:
         lengths = np.fromiter((len(row.ids) for row in encoded), np.int64, len(encoded))
         trained = np.concatenate([row.trained for row in encoded]) if encoded else np.zeros(0, np.bool_)
         classes, rows = np.unique(1 << np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), return_counts=True)
-        counts = Counts(
+        counts = AuditCounts(
             read=read,
             rows=len(encoded),
             skipped=skipped,
@@ -180,7 +138,7 @@ class ShardWriter:
 class TokenizedRows:
     """Rows ready for training, by their number. Of each its length is held in memory; the rest stays in the files."""
 
-    def __init__(self, batches: Sequence[Any], counts: Counts, maps: Sequence[mmap.mmap] = ()) -> None:
+    def __init__(self, batches: Sequence[Any], counts: AuditCounts, maps: Sequence[mmap.mmap] = ()) -> None:
         """`batches` are Arrow record batches, those of `maps` in them."""
         self.report = counts
         self.lengths: npt.NDArray[np.int32] = np.empty(sum(batch.num_rows for batch in batches), np.int32)
@@ -194,7 +152,7 @@ class TokenizedRows:
             self._count(offsets.nbytes)
 
     @classmethod
-    def open(cls, paths: Sequence[Path], counts: Counts) -> TokenizedRows:
+    def open(cls, paths: Sequence[Path], counts: AuditCounts) -> TokenizedRows:
         """The rows of the shards at `paths`, in order. ValueError or OSError where one is not whole."""
         maps: list[mmap.mmap] = []
         batches: list[Any] = []

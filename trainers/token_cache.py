@@ -17,8 +17,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from trainers.shards import Batch, Counts, Shard, ShardWriter, TokenizedRows
+from trainers.shards import Batch, Shard, ShardWriter, TokenizedRows
 from tunesmith import layout
+from tunesmith.audit import AuditCounts
 from tunesmith.errors import NotFoundError, StorageError
 from tunesmith.storage import Storage
 
@@ -33,7 +34,7 @@ class CacheManifest(BaseModel):
     builder: str
     """The folder of the shards."""
     shards: list[Shard]
-    counts: Counts
+    counts: AuditCounts
 
 
 class TokenCache:
@@ -99,7 +100,7 @@ class TokenCache:
         writer = ShardWriter(place, lambda path: self._shard_closed(path, prefix, upload=local is None))
         standing: CacheManifest | None = None
         try:
-            counts = Counts()
+            counts = AuditCounts()
             for batch in batches:
                 writer.write(batch)
                 counts += batch.counts

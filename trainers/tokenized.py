@@ -20,15 +20,16 @@ from typing import Any
 from trainers.encoding import Recipe, Task, encode_here, encode_in_processes
 from trainers.fetch import Fetched
 from trainers.formats import detect
-from trainers.shards import Batch, Counts, TokenizedRows
+from trainers.shards import Batch, TokenizedRows
 from trainers.token_cache import TokenCache
+from tunesmith.audit import AuditCounts
 from tunesmith.catalog import hash_file
 from tunesmith.errors import DataError
 from tunesmith.settings import Settings
 from tunesmith.storage import Storage
 from tunesmith.tables import Block, Row, describe, read_blocks
 
-__all__ = ["Counts", "DataFile", "TokenizedRows", "data_files", "tokenize_rows", "tokenized"]
+__all__ = ["DataFile", "TokenizedRows", "data_files", "tokenize_rows", "tokenized"]
 
 FORMAT = 1
 """Raised when what is stored changes its form."""
@@ -132,7 +133,7 @@ def tokenize_rows(
     recipe = Recipe(tokenizer, hyperparameters, advanced)
     task = (Block(Path("rows.json"), parsed=held), detect(list(columns), hyperparameters, training_type))
     batches = list(_checked(encode_here([task], recipe, limit)))
-    return TokenizedRows([batch.arrow() for batch in batches], sum((batch.counts for batch in batches), Counts()))
+    return TokenizedRows([batch.arrow() for batch in batches], sum((batch.counts for batch in batches), AuditCounts()))
 
 
 def cache_key(files: Sequence[DataFile], recipe: Recipe, *, training_type: str, limit: int | None) -> str:
@@ -191,7 +192,7 @@ def _told(batches: Iterator[Batch], progress: Progress | None, total: int | None
 
 def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:
     """`batches`, and in their place a DataError where all of them hold no row."""
-    counts = Counts()
+    counts = AuditCounts()
     for batch in batches:
         counts += batch.counts
         yield batch

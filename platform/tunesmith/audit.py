@@ -13,30 +13,42 @@ class _Part(BaseModel):
 
 
 class AuditCounts(_Part):
-    """Over all rows."""
+    """Over all rows. Counts of parts add up."""
 
-    read: int
+    read: int = 0
     """Rows read."""
-    rows: int
+    rows: int = 0
     """Rows kept."""
-    skipped: int
+    skipped: int = 0
     """Rows without a prompt or a response."""
-    truncated: int
+    truncated: int = 0
     """Rows that lost tokens to `max_seq_length`."""
-    untrained: int
+    untrained: int = 0
     """Rows kept that have no trained token to predict."""
-    answer_cut: int
+    answer_cut: int = 0
     """Rows kept whose last answer lost its end, and with it the end of turn."""
-    ended: int
+    ended: int = 0
     """Rows kept whose end of turn is trained."""
-    spelled_out: int
+    spelled_out: int = 0
     """Rows kept whose text spells out a control token, which was taken as plain text."""
-    tokens: int
-    trained_tokens: int
-    longest: int
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
     """Tokens of the longest row kept."""
-    lengths: dict[int, int]
+    lengths: dict[int, int] = {}
     """Rows kept by length: the upper bound of each class, a power of two, and its rows."""
+
+    def __add__(self, other: AuditCounts) -> AuditCounts:
+        sums = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in AuditCounts.model_fields
+            if name not in ("longest", "lengths")
+        }
+        lengths = {
+            bound: self.lengths.get(bound, 0) + other.lengths.get(bound, 0)
+            for bound in sorted({*self.lengths, *other.lengths})
+        }
+        return AuditCounts(**sums, longest=max(self.longest, other.longest), lengths=lengths)
 
 
 class Finding(_Part):
