@@ -148,12 +148,12 @@ def test_five_gigabytes_take_the_memory_of_half_a_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("same_node", [True, False])
 def test_of_two_builders_one_is_killed_and_all_end_with_the_same_rows(tmp_path: Path, same_node: bool) -> None:
     path = tmp_path / "rows.jsonl"
-    count = write_rows(path, 40 << 20)
+    count = write_rows(path, 24 << 20)
     whole = start(path, tmp_path / "whole", tmp_path / "alone")
     expected, error = whole.communicate()
     assert expected.startswith(f"{count} "), error
     chance = random.Random(same_node)
-    for round_number in range(5):
+    for round_number in range(3):
         root = tmp_path / f"storage-{round_number}"
         homes = [tmp_path / f"home-{round_number}{'' if same_node else f'-{n}'}" for n in range(2)]
         builders = [start(path, root, home) for home in homes]
