@@ -132,7 +132,8 @@ def _bare(folder: Path, first_rows: list[int], arguments: argparse.Namespace) ->
     script = Path(__file__).with_name("bare_lora.py")
     fields = (arguments.prompt_field, arguments.response_field)
     numbers = ",".join(map(str, first_rows))
-    command = [sys.executable, script, folder, arguments.rows, *fields, numbers, str(MAX_LENGTH)]
+    # -P: beside the script lies tokenize.py, a name of the standard library.
+    command = [sys.executable, "-P", script, folder, arguments.rows, *fields, numbers, str(MAX_LENGTH)]
     started = time.time()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
