@@ -7,7 +7,9 @@ import pytest
 from tests import tiny
 from trainers.batches import BatchPlan
 from trainers.formats import Example, Turn
-from trainers.rows import Encoder, TokenizedRows, cut, encode, prompt_ids, prompt_text, tokenize
+from trainers.rows import Encoder, cut, encode, prompt_ids, prompt_text
+from trainers.shards import TokenizedRows
+from trainers.tokenized import tokenize_rows
 from tunesmith.errors import DataError
 
 TOKENIZER = tiny.make_tokenizer()
@@ -15,7 +17,7 @@ TOKENIZER = tiny.make_tokenizer()
 
 def tokens(rows: list[dict[str, Any]], training_type: str = "text-question-answering", **given: Any) -> TokenizedRows:
     advanced = tiny.advanced(train_on_history=given.pop("train_on_history", False))
-    return tokenize(
+    return tokenize_rows(
         rows, TOKENIZER, hyperparameters=tiny.hyperparameters(**given), advanced=advanced, training_type=training_type
     )
 
@@ -23,7 +25,7 @@ def tokens(rows: list[dict[str, Any]], training_type: str = "text-question-answe
 def marked(rows: TokenizedRows, row: int = 0) -> str:
     """The row as text, its trained parts in brackets."""
     text, inside = "", False
-    for token, trained in zip(rows.ids[row].tolist(), rows.trained[row].tolist(), strict=True):
+    for token, trained in zip(rows.ids(row).tolist(), rows.trained(row).tolist(), strict=True):
         if trained != inside:
             text, inside = text + ("[" if trained else "]"), trained
         text += TOKENIZER.decode([token])
@@ -80,7 +82,7 @@ def test_a_cell_that_is_not_what_it_must_be_is_named(row: dict[str, Any], field:
 
 def test_a_long_row_loses_the_beginning_of_its_prompt_and_keeps_its_answer() -> None:
     rows = tokens([{"prompt": "0123456789" * 10, "response": "the answer"}], max_seq_length=40)
-    assert len(rows.ids[0]) == 40
+    assert len(rows.ids(0)) == 40
     assert rows.truncated == 1
     assert marked(rows).endswith("89<|end|>\n<|assistant|>[the answer<|end|>]")
 
@@ -96,14 +98,14 @@ def test_the_prompt_for_generation_is_what_stood_before_the_response() -> None:
     assert prompt_text(example, TOKENIZER, tiny.hyperparameters()) == "<|user|>hi<|end|>\n<|assistant|>"
     row = tokens([{"prompt": "hi", "response": "ho"}])
     prompt = prompt_ids(example, TOKENIZER, tiny.hyperparameters()).tolist()
-    assert prompt == row.ids[0][~row.trained[0]].tolist()
+    assert prompt == row.ids(0)[~row.trained(0)].tolist()
 
 
 def test_a_template_that_rewrites_earlier_text_is_refused() -> None:
     tokenizer = tiny.make_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DataError) as caught:
-        tokenize(
+        tokenize_rows(
             tiny.sums(1),
             tokenizer,
             hyperparameters=tiny.hyperparameters(),

@@ -17,11 +17,13 @@ from queue import SimpleQueue
 from typing import Any
 
 from trainers.formats import Example, turns
-from trainers.rows import BATCH_ROWS, Encoded, Encoder
+from trainers.rows import Encoded, Encoder
 from trainers.shards import Batch
 from tunesmith.errors import DataError, TunesmithError, WorkerLostError
 from tunesmith.tables import Block, place
 
+BATCH_ROWS = 512
+"""Rows tokenised in one call; batches of text are faster than single ones."""
 WINDOW = 3
 """Blocks under way or waiting to be written, for each process."""
 

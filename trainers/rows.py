@@ -7,20 +7,17 @@ reaches over the border of the mask. Where the tokens of the whole text would do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trainers.formats import Example, detect, turns
+from trainers.formats import Example
 from trainers.templates import Form, Piece
 from tunesmith.errors import DataError
-
-BATCH_ROWS = 512
-"""Rows tokenised in one call; batches of text are faster than single ones."""
 
 Part = tuple[list[int], bool]
 """Token ids of a piece, and whether they are trained."""
@@ -45,21 +42,6 @@ class Encoded:
     def targets(self) -> int:
         """Trained tokens that count: the first token of a row is never predicted."""
         return int(self.trained[1:].sum())
-
-
-@dataclass(frozen=True)
-class TokenizedRows:
-    """Rows ready for training: for each its token ids and which of them are trained."""
-
-    ids: Sequence[npt.NDArray[np.int32]]
-    trained: Sequence[npt.NDArray[np.bool_]]
-    skipped: int
-    """Rows without a prompt or a response."""
-    truncated: int
-    """Rows that lost tokens to `max_seq_length`."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 class Encoder:
@@ -127,37 +109,6 @@ def prompt_text(example: Example, tokenizer: Any, hyperparameters: Mapping[str, 
 def prompt_ids(example: Example, tokenizer: Any, hyperparameters: Mapping[str, Any]) -> npt.NDArray[np.int32]:
     """The tokens of `prompt_text`, as `encode` puts them before the answer. For many, use an `Encoder`."""
     return Encoder(tokenizer, hyperparameters, {"train_on_history": False}).prompt_ids(example)
-
-
-def tokenize(
-    rows: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    *,
-    hyperparameters: Mapping[str, Any],
-    advanced: Mapping[str, Any],
-    training_type: str,
-    limit: int | None = None,
-) -> TokenizedRows:
-    """Tokenise `rows` of a table, in memory; at most `limit` are kept. Raises DataError where no row is left."""
-    encoder = Encoder(tokenizer, hyperparameters, advanced)
-    kept: list[Encoded] = []
-    skipped = 0
-    source = enumerate(rows, start=1)
-    while (limit is None or len(kept) < limit) and (batch := list(islice(source, BATCH_ROWS))):
-        form = detect(_columns(batch, hyperparameters), hyperparameters, training_type)
-        examples = [(number, turns(row, form, hyperparameters, number)) for number, row in batch]
-        found = [(number, example) for number, example in examples if example is not None]
-        skipped += len(batch) - len(found)
-        kept += encoder.encode([example for _, example in found], [number for number, _ in found])
-    if not kept:
-        raise DataError(
-            f"no row is left to train on: {skipped} of {skipped} have no prompt or no response",
-            fields=["hyperparameters.prompt_field", "hyperparameters.response_field"],
-        )
-    kept = kept[:limit]
-    return TokenizedRows(
-        [row.ids for row in kept], [row.trained for row in kept], skipped, sum(row.truncated for row in kept)
-    )
 
 
 class TextTokens:
@@ -277,13 +228,6 @@ def cut(parts: Sequence[Part], limit: int, *, head: int = 0) -> list[Part]:
         drop -= gone
         kept.append((ids[gone:], trained))
     return [*kept, (response[: limit - min(context, room)], flag)]
-
-
-def _columns(batch: Iterable[tuple[int, Mapping[str, Any]]], hyperparameters: Mapping[str, Any]) -> list[str]:
-    """The columns of a batch of rows. The history may be missing in all of them: it is missing where there is none."""
-    names = dict.fromkeys(name for _, row in batch for name in row)
-    history = hyperparameters["history_field"]
-    return list(names | {history: None} if history is not None else names)
 
 
 def _at(place: int | str, error: DataError) -> DataError:
