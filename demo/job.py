@@ -12,14 +12,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from demo import answers, curve, own_file
+from demo import curve, own_file
 from tunesmith.attempts import MetricLine
 from tunesmith.catalog import describe_files
+from tunesmith.cli.evaluations import by_step, side_by_side
 from tunesmith.cli.progress import show_progress
 from tunesmith.client import Client, read_on
 from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.evaluations import Evaluation
 from tunesmith.spec import TrainSpec
-from tunesmith.tables import read_rows
 from tunesmith.views import AssetView, JobView
 
 ORDER = Path(__file__).with_name("order.json")
@@ -59,15 +60,13 @@ class Prepared:
     order: TrainSpec
     has_one_answer: bool
     """Whether a right answer is the expected one to the letter."""
-    answer_tokens: int
-    """Tokens after which an answer is cut off."""
 
 
 def prepare(data: Data, folder: Path) -> Prepared:
     """The dataset's folder and the order for it. DataError says what is wrong with a user's file."""
     order = TrainSpec.model_validate_json(ORDER.read_text())
     if data.file is None:
-        return Prepared(Path(__file__).with_name("data"), order, has_one_answer=True, answer_tokens=64)
+        return Prepared(Path(__file__).with_name("data"), order, has_one_answer=True)
     shutil.rmtree(folder, ignore_errors=True)
     own_file.split(data.file, folder, prompt_field=data.prompt_field, response_field=data.response_field)
     given = {"prompt_field": data.prompt_field, "response_field": data.response_field, "max_seq_length": 512}
@@ -78,7 +77,7 @@ def prepare(data: Data, folder: Path) -> Prepared:
             "hyperparameters": order.hyperparameters | given | {"learning_rate": 3e-4},
         }
     )
-    return Prepared(folder, order, has_one_answer=False, answer_tokens=128)
+    return Prepared(folder, order, has_one_answer=False)
 
 
 def run(
@@ -177,28 +176,21 @@ def _gguf_file() -> Path:
 
 
 def _show(client: Client, job: JobView, prepared: Prepared, console: Console, *, models: Path, curves: Path) -> None:
-    h = prepared.order.hyperparameters
-    rows = list(read_rows(prepared.folder / "held_out.jsonl"))
-    if not prepared.has_one_answer:
-        rows = rows[:SHOWN_ROWS]
-    prompts = [row[h.get("prompt_field", "prompt")] for row in rows]
-    expected = [row[h.get("response_field", "response")] for row in rows]
-    said: dict[str, list[str]] = {}
-    for ref in (job.job["model"], job.output):
-        with console.status(f"{ref} answers {len(rows)} held-out prompts"):
-            said[ref] = answers.answer(_folder(models, ref), prompts, max_new_tokens=prepared.answer_tokens)
-    before, after = said.values()
-
-    table = list(zip(prompts, expected, before, after, strict=True))[:SHOWN_ROWS]
-    console.print(answers.comparison(table, base=job.job["model"], tuned=job.output))
+    made, _ = read_on(lambda place: client.evaluations(job.id, after=place))
+    for table in (*side_by_side(made, rows=SHOWN_ROWS), by_step(made)):
+        console.print(table)
     if prepared.has_one_answer:
-        console.print(
-            f"right to the letter: base {answers.exact(before, expected)} of {len(rows)}, "
-            f"new model [bold green]{answers.exact(after, expected)} of {len(rows)}[/]"
-        )
+        base, tuned = _exact(made[0]), _exact(made[-1])
+        rows = len(made[-1].answers)
+        console.print(f"right to the letter: base {base} of {rows}, new model [bold green]{tuned} of {rows}[/]")
     metrics, _ = read_on(lambda place: client.metrics(job.id, names=["loss", "eval_loss"], after=place))
     _show_losses(metrics, job, console, curves / f"{job.output.replace('@', '-')}.png")
     console.print(f"new model:           {_folder(models, job.output)}", soft_wrap=True)
+
+
+def _exact(made: Evaluation) -> int:
+    """How many answers are the expected ones, to the letter."""
+    return sum(row.answer == row.expected for row in made.answers)
 
 
 def _show_losses(metrics: Sequence[MetricLine], job: JobView, console: Console, file: Path) -> None:

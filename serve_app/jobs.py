@@ -13,6 +13,8 @@ from serve_app.door import DoorDep
 from serve_app.growing import parse_cursor, read_logs, read_metrics
 from serve_app.ordering import place, plan
 from tunesmith.attempts import MetricLine
+from tunesmith.audit import AuditReport, read_audit
+from tunesmith.evaluations import Evaluation, read_evaluations
 from tunesmith.records import Insertion
 from tunesmith.spec import TrainJob, TrainSpec
 from tunesmith.views import EventView, JobView, LogView, Page, event_view, job_view
@@ -127,3 +129,21 @@ def list_job_metrics(
 ) -> Page[MetricLine]:
     """Metrics over all attempts in order. `next` is always given: ask again for what came since."""
     return read_metrics(door.storage, door.store.get(job_id), names=name or [], after=parse_cursor(after))
+
+
+@router.get("/jobs/{job_id}/audit", responses=documented(404, 422))
+def get_job_audit(door: DoorDep, job_id: str) -> AuditReport:
+    """What the job trains: counts, lengths, and rows with their trained tokens marked. There once it is audited."""
+    return read_audit(door.storage, door.store.get(job_id).id)
+
+
+@router.get("/jobs/{job_id}/evaluations", responses=documented(404, 422))
+def list_job_evaluations(
+    door: DoorDep,
+    job_id: str,
+    after: Annotated[int, Query(ge=-1, le=2**63 - 1, description="a step: `next` of an earlier page")] = -1,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Page[Evaluation]:
+    """How the model did on the held-out rows, by its step: before the training, at checkpoints, and at the end."""
+    items = read_evaluations(door.storage, door.store.get(job_id).id, after=after, limit=limit)
+    return Page(items=items, next=str(items[-1].step if items else after))

@@ -104,7 +104,7 @@ main(["--help"])
 def test_every_command_explains_itself(run: Run) -> None:
     commands = ["up", "down", "status", "version", "hyperparameters", "flavors list"]
     commands += [f"{kind} {what}" for kind in ("models", "datasets") for what in ("list", "show", "register")]
-    jobs = "submit render list show watch events logs metrics stop delete"
+    jobs = "submit render list show watch events logs metrics audit evaluations stop delete"
     for command in [*commands, *(f"jobs {what}" for what in jobs.split())]:
         done = run(*command.split(), "--help")
         assert done.code == 0
@@ -130,6 +130,7 @@ def test_reading_commands_print_the_apis_json_and_nothing_else(run: Run, live_do
         f"jobs logs {job_id}": f"/v1/jobs/{job_id}/logs",
         f"jobs metrics {job_id}": f"/v1/jobs/{job_id}/metrics",
         f"jobs metrics {job_id} --name loss": f"/v1/jobs/{job_id}/metrics?name=loss",
+        f"jobs evaluations {job_id}": f"/v1/jobs/{job_id}/evaluations",
         f"jobs stop {job_id}": f"/v1/jobs/{job_id}",
         f"jobs watch {job_id}": f"/v1/jobs/{job_id}",
     }

@@ -15,6 +15,8 @@ OPERATIONS = {
     "list_job_events": "GET /v1/jobs/{job_id}/events",
     "list_job_logs": "GET /v1/jobs/{job_id}/logs",
     "list_job_metrics": "GET /v1/jobs/{job_id}/metrics",
+    "get_job_audit": "GET /v1/jobs/{job_id}/audit",
+    "list_job_evaluations": "GET /v1/jobs/{job_id}/evaluations",
     "plan_job": "POST /v1/plans",
     "list_models": "GET /v1/models",
     "get_model": "GET /v1/models/{ref}",

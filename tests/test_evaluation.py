@@ -9,8 +9,11 @@ import torch
 
 from tests import tiny
 from trainers.device import pick_device
-from trainers.evaluation import Samples, generate_answers, keep_samples, perplexity, score, stop_ids
+from trainers.evaluation import HeldOut, answer, evaluation, generate_answers, perplexity, score, stop_ids
+from trainers.formats import Example, Turn
 from trainers.lora import load_model
+from tunesmith.evaluations import Evaluation
+from tunesmith.ports import free
 
 TOKENIZER = tiny.make_tokenizer()
 PROMPTS = [
@@ -205,11 +208,47 @@ def test_perplexity_is_e_to_the_loss_and_always_a_number() -> None:
     assert math.isfinite(perplexity(1e6))
 
 
-def test_samples_hold_base_and_tuned_side_by_side_with_the_scores_of_all_rows() -> None:
-    references = ["好", "对", "错"]
-    samples = keep_samples(7, ["甲", "乙", "丙" * 3000], references, base=["坏", "坏", "坏"], tuned=references, limit=2)
-    assert (samples.step, samples.rows) == (7, 3)
-    assert samples.samples[1].model_dump() == {"prompt": "乙", "expected": "对", "base": "坏", "tuned": "对"}
-    assert len(samples.samples) == 2
-    assert (samples.base["rouge1"], samples.tuned["rouge1"]) == pytest.approx((0, 100))
-    assert Samples.model_validate_json(samples.model_dump_json()) == samples
+def test_an_evaluation_holds_the_answers_of_all_rows_and_their_scores() -> None:
+    held_out = HeldOut(["甲", "乙", "丙" * 3000], [[1], [2], [3]], ["好", "对", "错"], max_new_tokens=8)
+    right, wrong = (evaluation(7, 40, 2.0, held_out, answers) for answers in (["好", "对", "错"], ["坏", "坏", "坏"]))
+    assert (right.step, right.rows, right.loss, right.perplexity) == (7, 40, 2.0, pytest.approx(math.e**2))
+    assert right.answers[1].model_dump() == {"prompt": "乙", "expected": "对", "answer": "对"}
+    assert len(right.answers[2].prompt) < 2100
+    assert (right.scores["rouge1"], wrong.scores["rouge1"]) == pytest.approx((100, 0))
+    assert Evaluation.model_validate_json(right.model_dump_json()) == right
+
+
+def test_held_out_rows_ask_what_generation_is_given_and_plain_text_asks_nothing() -> None:
+    examples = [
+        Example([Turn("user", "one"), Turn("assistant", "uno"), Turn("user", "two"), Turn("assistant", " dos, due ")]),
+        Example([Turn("text", "no question")]),
+    ]
+    held_out = HeldOut.of(examples, TOKENIZER, tiny.hyperparameters(), tiny.advanced())
+    assert (held_out.prompts, held_out.expected) == (["two"], ["dos, due"])
+    given = "<|user|>one<|end|>\n<|assistant|>uno<|end|>\n<|user|>two<|end|>\n<|assistant|>"
+    assert held_out.prompt_ids == [TOKENIZER(given)["input_ids"]]
+    assert len("dos, due") < held_out.max_new_tokens <= 2 * len("dos, due") + 8
+    nothing = HeldOut.of(examples[1:], TOKENIZER, tiny.hyperparameters(), tiny.advanced())
+    assert evaluation(0, 1, 2.0, nothing, []).scores == {}
+
+
+def test_workers_share_the_rows_and_each_has_all_answers(model_folder: Path) -> None:
+    import torch.multiprocessing as mp
+
+    held_out = HeldOut(["p"] * 3, PROMPTS[:3], ["e"] * 3, max_new_tokens=NEW_TOKENS)
+    model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(), pick_device())
+    alone = answer(model, TOKENIZER, held_out, rank=0, world_size=1)
+    assert len(set(alone)) == 3
+    context = mp.get_context("spawn")
+    answers = context.SimpleQueue()
+    # Four workers: one of them has no row.
+    mp.spawn(_answer_on, args=(free(1)[0], model_folder, held_out, answers), nprocs=4)
+    assert [answers.get() for _ in range(4)] == [alone] * 4
+
+
+def _answer_on(rank: int, port: int, model_folder: Path, held_out: HeldOut, answers: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
+    model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(), pick_device())
+    answers.put(answer(model, TOKENIZER, held_out, rank=rank, world_size=4))
+    torch.distributed.barrier()

@@ -8,7 +8,7 @@ import httpx
 import pytest
 import torch
 
-from tests import jobs
+from tests import jobs, tiny
 from tests.ray_fixture import Running
 from tunesmith import layout
 from tunesmith.errors import SpecError
@@ -68,7 +68,8 @@ def test_an_order_becomes_a_new_model(ready: Running) -> None:
     told = jobs.events(ready, job.id)
     assert [event.state for event in told if event.state] == ["pending", "queued", "preparing", "running", "completed"]
     phases = [event.phase for event in told if event.phase]
-    assert phases == ["fetch", "tokenize", "audit", "evaluate", "train", "evaluate", "save", "publish"]
+    assert phases[:4] == ["fetch", "tokenize", "audit", "evaluate"]
+    assert phases[4:] == ["train", "evaluate", "train", "evaluate", "train", "evaluate", "save", "publish"]
     summary = told[-1].data
     assert summary["eval_loss"] < 0.8 * summary["eval_loss_before"]
 
@@ -87,6 +88,19 @@ def test_an_order_becomes_a_new_model(ready: Running) -> None:
         assert values, f"{name} never reached Prometheus"
         assert {float(value) for value in values} <= own
     assert "LOSS" in jobs.log(ready, job.id, "0")
+
+    evaluations = ready.client.evaluations(job.id).items
+    assert [made.step for made in evaluations] == [0, 50, 100, 150]
+    before, after = evaluations[0], evaluations[-1]
+    assert (before.rows, before.loss, after.loss) == (40, summary["eval_loss_before"], summary["eval_loss"])
+    assert after.scores["rouge1"] > before.scores["rouge1"]
+    assert (after.answers[0].prompt, after.answers[0].expected) == tuple(tiny.sums(300)[260].values())
+    assert after.answers != before.answers
+    assert [line.value for line in jobs.metrics(ready, job.id, "eval_rouge1")] == [
+        made.scores["rouge1"] for made in evaluations
+    ]
+    audit = ready.client.audit(job.id)
+    assert (audit.counts.rows, audit.off, audit.findings) == (260, 0, [])
 
     asset = ready.client.model(ended.output)
     assert (asset.base, asset.dataset, asset.job, asset.task_type) == (

@@ -47,6 +47,7 @@ def run(
     resume_from = options.pop("resume_from", None)
     rows, eval_rows = options.pop("rows", tokens(32)), options.pop("eval_rows", None)
     advanced = tiny.advanced(**options.pop("advanced", {}))
+    evaluated = options.pop("evaluated", lambda step, model, loss: None)
     outcome = train(
         model_folder,
         rows,
@@ -57,6 +58,7 @@ def run(
             report=report,
             save=lambda step, folder: folder and folder.rename(out / str(step)) and None,
             should_stop=lambda: stop_at is not None and seen + 1 >= stop_at,
+            evaluated=evaluated,
         ),
         worker=worker,
         resume_from=resume_from,
@@ -166,6 +168,32 @@ def test_the_loss_falls_and_the_adapter_loads_in_stock_peft(model_folder: Path, 
     assert loss / count == pytest.approx(outcome.eval_loss, abs=1e-4)
     with torch.no_grad():
         assert not torch.allclose(base(input_ids=inputs).logits, tuned(input_ids=inputs).logits, atol=1e-2)
+
+
+def test_held_out_rows_are_evaluated_before_at_checkpoints_and_at_the_end_and_change_nothing(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    from trainers.evaluation import generate_answers
+
+    seen: dict[int, float] = {}
+    tokenizer = tiny.make_tokenizer()
+
+    def evaluated(step: int, model: Any, loss: float) -> None:
+        generate_answers(model, tokenizer, [[5, 6, 7]], max_new_tokens=4)
+        seen[step] = loss
+
+    (tmp_path / "plain").mkdir()
+    plain, _ = run(model_folder, tmp_path / "plain", save_steps=3, lora_dropout=0.3)
+    (tmp_path / "evaluated").mkdir()
+    options = {"save_steps": 3, "lora_dropout": 0.3, "eval_rows": tokens(16), "evaluated": evaluated}
+    losses, outcome = run(model_folder, tmp_path / "evaluated", **options)
+    assert losses == plain
+    assert list(seen) == [0, 3, 6, 8]
+    assert (seen[0], seen[8]) == (outcome.eval_loss_before, outcome.eval_loss)
+    (tmp_path / "rest").mkdir()
+    seen.clear()
+    run(model_folder, tmp_path / "rest", **options, resume_from=tmp_path / "evaluated" / "6")
+    assert list(seen) == [8]  # what was evaluated before the cut is not evaluated again
 
 
 def test_logits_at_the_trained_places_alone_give_the_models_own_loss(model_folder: Path) -> None:

@@ -64,7 +64,7 @@ import hashlib, sys
 from pathlib import Path
 from tests import tiny
 from tests.test_tokenized_soak import make_tokenizer
-from trainers.audit import audit, first_examples
+from trainers.audit import CHECKED_ROWS, audit
 from trainers.batches import BatchPlan
 from trainers.tokenized import DataFile, tokenized
 from tunesmith.settings import Settings
@@ -78,7 +78,7 @@ rows = tokenized(
     settings=Settings.from_env({"TUNESMITH_HOME": home}), processes=processes,
 )
 assert len(rows) == file.rows
-examples = first_examples([file], options["hyperparameters"], "text-question-answering")
+examples = first_examples([file], options["hyperparameters"], "text-question-answering", CHECKED_ROWS)
 assert audit(rows, examples, tokenizer, **options).refusal is None
 plan = BatchPlan(rows.lengths, batch_rows=4, passes=1, world_size=1, seed=0)
 digest = hashlib.sha256()

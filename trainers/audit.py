@@ -11,19 +11,19 @@ import argparse
 import json
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trainers.fetch import fetch
-from trainers.formats import Example, detect, turns
+from trainers.formats import Example
 from trainers.rows import Encoder
 from trainers.shards import TokenizedRows
-from trainers.tokenized import DataFile, data_files, tokenized
+from trainers.tokenized import data_files, first_examples, tokenized
 from tunesmith.audit import AuditCounts, AuditedRow, AuditReport, Finding
 from tunesmith.clock import utc_text
 from tunesmith.errors import DataError, SpecError, TunesmithError
@@ -31,7 +31,6 @@ from tunesmith.orders import draft, new_job_id, training_files
 from tunesmith.settings import Settings
 from tunesmith.spec import RegisterSpec, TrainJob, TrainSpec, parse_spec
 from tunesmith.storage import open_storage
-from tunesmith.tables import place, read_rows
 
 CHECKED_ROWS = 256
 """Rows that are decoded and compared, the first ones."""
@@ -40,13 +39,6 @@ SHOWN_CHARACTERS = 1200
 """A longer piece of a row is shown without its middle."""
 SHARE = 0.01
 """Rows that may be wrong before the job is refused; one wrong row in a few is none too many to tell."""
-
-
-def first_examples(
-    files: Sequence[DataFile], hyperparameters: Mapping[str, Any], training_type: str, limit: int = CHECKED_ROWS
-) -> list[Example]:
-    """The turns of the first rows kept: of rows 0, 1, 2, … of the tokenised files."""
-    return list(islice(_examples(files, hyperparameters, training_type), limit))
 
 
 def audit(
@@ -126,7 +118,7 @@ def audit_order(spec: TrainSpec | RegisterSpec, settings: Settings, *, limit: in
         settings=settings,
         limit=limit,
     )
-    examples = first_examples(files, job.hyperparameters, job.training_type)
+    examples = first_examples(files, job.hyperparameters, job.training_type, CHECKED_ROWS)
     return audit(rows, examples, tokenizer, **options, model=job.model, dataset=job.dataset)
 
 
@@ -274,14 +266,6 @@ class _Checker:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
-def _examples(files: Sequence[DataFile], hyperparameters: Mapping[str, Any], training_type: str) -> Iterator[Example]:
-    for file in files:
-        form = detect(file.columns, hyperparameters, training_type)
-        for number, row in enumerate(read_rows(file.path), start=1):
-            if (example := turns(row, form, hyperparameters, place(file.path, number))) is not None:
-                yield example
 
 
 def _shown(row: int, ids: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_], tokenizer: Any) -> AuditedRow:

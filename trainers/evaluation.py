@@ -1,23 +1,29 @@
-"""Answers that a model gives to held-out prompts, and how near they come to the expected ones."""
+"""A model on its held-out rows: its answers to what they ask, and how near those come to the expected ones."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from tunesmith.spec import Frozen
+from trainers.formats import Example
+from trainers.rows import Encoder
+from tunesmith.evaluations import Answer, Evaluation
 
-BATCH_ROWS = 8
+ANSWERED_ROWS = 32
+"""Held-out rows that are answered, the first ones: answers take far longer than the loss, which is over all."""
+BATCH_ROWS = 32
 """Prompts answered together."""
 MAX_NEW_TOKENS = 256
 """Tokens of an answer at most."""
 _ENOUGH_CHARACTERS = 2000
-"""What is kept of a text in Samples."""
+"""What is kept of a text."""
 
 # Chinese characters, and Japanese ones, which are not parted by spaces either, are words of their own.
 _CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -26,25 +32,63 @@ _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 _PROBE = "\U0010fffd"
 
 
-class Sample(Frozen):
-    """One held-out row: what was asked, what should be answered, and what was, without the adapter and with it."""
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out rows ask and how they should be answered, ready for a model; plain text asks nothing."""
 
-    prompt: str
-    expected: str
-    base: str
-    tuned: str
+    prompts: list[str]
+    """The last words before each answer."""
+    prompt_ids: list[list[int]]
+    """The tokens that the model is given."""
+    expected: list[str]
+    max_new_tokens: int
+    """Enough for every expected answer; what is much longer is none of them."""
+
+    @classmethod
+    def of(
+        cls,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        hyperparameters: Mapping[str, Any],
+        advanced: Mapping[str, Any],
+    ) -> HeldOut:
+        asking = [example for example in examples if len(example.turns) > 1]
+        encoder = Encoder(tokenizer, hyperparameters, advanced)
+        expected = [example.turns[-1].text.strip() for example in asking]
+        longest = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected), default=0)
+        return cls(
+            prompts=[example.turns[-2].text for example in asking],
+            prompt_ids=[encoder.prompt_ids(example).tolist() for example in asking],
+            expected=expected,
+            max_new_tokens=min(MAX_NEW_TOKENS, longest + longest // 4 + 8),
+        )
 
 
-class Samples(Frozen):
-    """How base and tuned model answered the held-out rows after `step` optimizer steps."""
+def answer(model: Any, tokenizer: Any, held_out: HeldOut, *, rank: int, world_size: int) -> list[str]:
+    """The model's answers to all rows, made by the workers together; each of them calls this, and has them all."""
+    share = held_out.prompt_ids[rank::world_size]
+    own = generate_answers(model, tokenizer, share, max_new_tokens=held_out.max_new_tokens)
+    if world_size == 1:
+        return own
+    shares: list[list[str]] = [[]] * world_size
+    dist.all_gather_object(shares, own)
+    answers = [""] * len(held_out.expected)
+    for number, part in enumerate(shares):
+        answers[number::world_size] = part
+    return answers
 
-    step: int
-    rows: int
-    """Rows that were answered and scored; the first of them are `samples`."""
-    base: dict[str, float]
-    """Scores of the base's answers (see `score`)."""
-    tuned: dict[str, float]
-    samples: list[Sample]
+
+def evaluation(step: int, rows: int, loss: float, held_out: HeldOut, answers: Sequence[str]) -> Evaluation:
+    """The record of the model after `step`, whose mean loss over the `rows` held-out rows is `loss`."""
+    texts = zip(held_out.prompts, held_out.expected, answers, strict=True)
+    return Evaluation(
+        step=step,
+        rows=rows,
+        loss=loss,
+        perplexity=perplexity(loss),
+        scores=score(answers, held_out.expected) if answers else {},
+        answers=[Answer(prompt=_shorten(p), expected=_shorten(e), answer=_shorten(a)) for p, e, a in texts],
+    )
 
 
 def generate_answers(
@@ -114,27 +158,6 @@ def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]
 def perplexity(loss: float) -> float:
     """e to the mean loss per token; the largest number there is where that is too large for one."""
     return math.exp(min(loss, 709.0))
-
-
-def keep_samples(
-    step: int,
-    prompts: Sequence[str],
-    references: Sequence[str],
-    *,
-    base: Sequence[str],
-    tuned: Sequence[str],
-    limit: int = 20,
-) -> Samples:
-    """Scores of both answers to all rows, and the texts of the first `limit`, the long ones shortened."""
-    rows = zip(prompts, references, base, tuned, strict=True)
-    kept = [tuple(map(_shorten, row)) for row, _ in zip(rows, range(limit), strict=False)]
-    return Samples(
-        step=step,
-        rows=len(references),
-        base=score(base, references),
-        tuned=score(tuned, references),
-        samples=[Sample(prompt=p, expected=e, base=b, tuned=t) for p, e, b, t in kept],
-    )
 
 
 @contextmanager

@@ -54,7 +54,9 @@ class Hooks:
     should_stop: Callable[[], bool]
     """Asked at every step border; one worker's yes stops all, after a checkpoint."""
     phase: Callable[[str, Mapping[str, int]], None] = lambda name, data: None
-    """`evaluate`, or `train` with `total_steps` and `first_step`."""
+    """`evaluate`, or `train`, at its beginning with `total_steps` and `first_step`."""
+    evaluated: Callable[[int, Any, float], None] = lambda step, model, loss: None
+    """Step, model and held-out loss: before the training, after checkpoints, and at the end. Leaves the model alone."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,18 @@ def train(
     state = load_checkpoint(resume_from, model, optimizer) if resume_from is not None else {"step": 0}
     first_step = state["step"] + 1
     eval_before = state.get("eval_loss_before")
-    if eval_rows is not None and eval_before is None:
+
+    def evaluate_at(step: int) -> float | None:
+        if eval_rows is None:
+            return None
         hooks.phase("evaluate", {})
-        eval_before = evaluate(model, eval_rows, device, worker)
-        hooks.report(0, {"eval_loss": eval_before})
+        loss = evaluate(model, eval_rows, device, worker)
+        hooks.report(step, {"eval_loss": loss})
+        hooks.evaluated(step, model, loss)
+        return loss
+
+    if eval_before is None:
+        eval_before = evaluate_at(0)
     hooks.phase("train", {"total_steps": total_steps, "first_step": first_step})
 
     def save(step: int) -> None:
@@ -169,15 +179,15 @@ def train(
             )
             since, tokens, samples = time.perf_counter(), 0, 0
         if step % h["save_steps"] == 0 or step == total_steps or stopped:
+            paused = time.perf_counter()
             save(step)
+            if step < total_steps and not stopped and evaluate_at(step) is not None:
+                hooks.phase("train", {})
+            since += time.perf_counter() - paused
         if stopped:
             break
 
-    eval_after = None
-    if eval_rows is not None and not stopped:
-        hooks.phase("evaluate", {})
-        eval_after = evaluate(model, eval_rows, device, worker)
-        hooks.report(step, {"eval_loss": eval_after})
+    eval_after = None if stopped else evaluate_at(step)
     return Outcome(step, total_steps, stopped, eval_before, eval_after, model)
 
 

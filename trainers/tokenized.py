@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from trainers.encoding import Recipe, Task, encode_here, encode_in_processes
 from trainers.fetch import Fetched
-from trainers.formats import detect
+from trainers.formats import Example, detect, turns
 from trainers.shards import Batch, TokenizedRows
 from trainers.token_cache import TokenCache
 from tunesmith.audit import AuditCounts
@@ -27,9 +28,9 @@ from tunesmith.catalog import hash_file
 from tunesmith.errors import DataError
 from tunesmith.settings import Settings
 from tunesmith.storage import Storage
-from tunesmith.tables import Block, Row, describe, read_blocks
+from tunesmith.tables import Block, Row, describe, place, read_blocks, read_rows
 
-__all__ = ["DataFile", "TokenizedRows", "data_files", "tokenize_rows", "tokenized"]
+__all__ = ["DataFile", "TokenizedRows", "data_files", "first_examples", "tokenize_rows", "tokenized"]
 
 FORMAT = 1
 """Raised when what is stored changes its form."""
@@ -116,6 +117,13 @@ def tokenized(
     return rows
 
 
+def first_examples(
+    files: Sequence[DataFile], hyperparameters: Mapping[str, Any], training_type: str, limit: int
+) -> list[Example]:
+    """The turns of the first rows kept: of rows 0, 1, 2, … of the tokenised files, at most `limit`."""
+    return list(islice(_examples(files, hyperparameters, training_type), limit))
+
+
 def tokenize_rows(
     rows: Iterable[Row],
     tokenizer: Any,
@@ -178,6 +186,14 @@ def _tasks(files: Sequence[DataFile], recipe: Recipe, training_type: str) -> Ite
             raise DataError(message, fields=error.fields, hint=error.hint, code=error.code) from None
         for block in read_blocks(file.path):
             yield block, form
+
+
+def _examples(files: Sequence[DataFile], hyperparameters: Mapping[str, Any], training_type: str) -> Iterator[Example]:
+    for file in files:
+        form = detect(file.columns, hyperparameters, training_type)
+        for number, row in enumerate(read_rows(file.path), start=1):
+            if (example := turns(row, form, hyperparameters, place(file.path, number))) is not None:
+                yield example
 
 
 def _told(batches: Iterator[Batch], progress: Progress | None, total: int | None) -> Iterator[Batch]:

@@ -17,15 +17,16 @@ import ray.train
 import torch
 from ray.train.v2._internal.execution import context as train_context
 
-from trainers.audit import audit, first_examples, refuse
+from trainers.audit import CHECKED_ROWS, audit, refuse
 from trainers.checkpoints import newest_checkpoint, upload_checkpoint
+from trainers.evaluation import ANSWERED_ROWS, HeldOut, answer, evaluation
 from trainers.fetch import Fetched, fetch
 from trainers.logs import log_to_job
 from trainers.lora import Hooks, Worker, train
 from trainers.products import upload_products, write_products
 from trainers.reports import KEY, Report
 from trainers.shards import TokenizedRows
-from trainers.tokenized import DataFile, data_files, tokenized
+from trainers.tokenized import DataFile, data_files, first_examples, tokenized
 from tunesmith import layout
 from tunesmith.clock import utc_text
 from tunesmith.errors import TunesmithError
@@ -85,6 +86,15 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
             upload_checkpoint(storage, folder, job_id=job.id, attempt=task.attempt, step=step, keep=keep)
         reports.send(step, message=f"checkpoint of step {step} saved", data={"checkpoint_step": step})
 
+    def evaluated(step: int, model: Any, loss: float) -> None:
+        assert data.eval_rows is not None and data.held_out is not None
+        answers = answer(model, data.tokenizer, data.held_out, rank=worker.rank, world_size=worker.world_size)
+        made = evaluation(step, len(data.eval_rows), loss, data.held_out, answers)
+        if worker.rank == 0:
+            storage.put(layout.evaluation(job.id, task.attempt, step), made.model_dump_json(indent=2).encode())
+        scores = {f"eval_{name}": value for name, value in made.scores.items()}
+        reports.send(step, values={"eval_perplexity": made.perplexity, **scores})
+
     with newest_checkpoint(storage, job.id) as (_, resume_from), _stop_watch(task, worker, storage) as stop:
         outcome = train(
             base.folder,
@@ -97,6 +107,7 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
                 save=save,
                 should_stop=lambda: stop.reason is not None,
                 phase=lambda name, data: reports.send(phase=name, data=data),
+                evaluated=evaluated,
             ),
             worker=worker,
             resume_from=resume_from,
@@ -127,7 +138,8 @@ class Data:
     files: list[DataFile]
     rows: TokenizedRows
     eval_rows: TokenizedRows | None
-    """Held-out rows, where the job names a test file."""
+    """Held-out rows, where the job names a test file; `held_out` is what the first of them ask."""
+    held_out: HeldOut | None
 
 
 def load_data(job: TrainJob, model_folder: Path, dataset: Fetched, storage: Storage, settings: Settings) -> Data:
@@ -150,14 +162,16 @@ def load_data(job: TrainJob, model_folder: Path, dataset: Fetched, storage: Stor
     files = data_files(dataset, training_files(dataset.manifest.tables, h))
     rows = tokenized(files, tokenizer, **options, progress=progress)
     if h["test_data_file"] is None:
-        return Data(tokenizer, files, rows, None)
-    held_out = data_files(dataset, [h["test_data_file"]])
-    return Data(tokenizer, files, rows, tokenized(held_out, tokenizer, **options, limit=int(h["max_eval_samples"])))
+        return Data(tokenizer, files, rows, None, None)
+    test_files, limit = data_files(dataset, [h["test_data_file"]]), int(h["max_eval_samples"])
+    eval_rows = tokenized(test_files, tokenizer, **options, limit=limit)
+    asked = first_examples(test_files, h, job.training_type, min(limit, ANSWERED_ROWS))
+    return Data(tokenizer, files, rows, eval_rows, HeldOut.of(asked, tokenizer, h, job.advanced))
 
 
 def _audit(data: Data, job: TrainJob, storage: Storage, key: str) -> None:
     """Look at what will be trained, keep the report with the job, and refuse what must not be trained."""
-    examples = first_examples(data.files, job.hyperparameters, job.training_type)
+    examples = first_examples(data.files, job.hyperparameters, job.training_type, CHECKED_ROWS)
     report = audit(
         data.rows,
         examples,

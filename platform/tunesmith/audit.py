@@ -6,6 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from tunesmith import layout
+from tunesmith.errors import NotFoundError
+from tunesmith.storage import Storage
+
 
 class _Part(BaseModel):
     # The docstrings of fields are their descriptions in the OpenAPI document.
@@ -93,3 +97,13 @@ class AuditReport(_Part):
     def refusal(self) -> Finding | None:
         """Why no job is trained on these rows, if so."""
         return next((finding for finding in self.findings if finding.level == "refused"), None)
+
+
+def read_audit(storage: Storage, job_id: str) -> AuditReport:
+    """The report of the job's newest attempt that has one. NotFoundError where none has."""
+    for attempt in sorted(map(int, storage.children(f"{layout.job(job_id)}/attempts")), reverse=True):
+        if storage.exists(key := layout.audit(job_id, attempt)):
+            return AuditReport.model_validate_json(storage.get(key))
+    raise NotFoundError(
+        f"{job_id} has no audit", hint="it is made once the job's rows are tokenised, before training", code="no_audit"
+    )

@@ -13,6 +13,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from tunesmith.attempts import MetricLine
+from tunesmith.audit import AuditReport
 from tunesmith.errors import (
     AuthError,
     ConflictError,
@@ -24,6 +25,7 @@ from tunesmith.errors import (
     TunesmithError,
     UnavailableError,
 )
+from tunesmith.evaluations import Evaluation
 from tunesmith.flavors import Flavor
 from tunesmith.spec import TrainJob, TrainSpec
 from tunesmith.states import FINAL
@@ -126,7 +128,7 @@ class Client:
         self._call("DELETE", f"/v1/jobs/{_part(job_id)}")
 
     def events(self, job_id: str, *, after: str | None = None, limit: int | None = None) -> Page[EventView]:
-        """Some events, oldest first; likewise `logs` and `metrics`: `next` leads to those that follow."""
+        """Some events, oldest first; likewise `logs`, `metrics`, `evaluations`: `next` leads to those that follow."""
         query = _query(after=after, limit=limit)
         return Page[EventView].model_validate_json(
             self._call("GET", f"/v1/jobs/{_part(job_id)}/events", params=query).content
@@ -142,6 +144,14 @@ class Client:
         query = _query(name=list(names), after=after)
         answer = self._call("GET", f"/v1/jobs/{_part(job_id)}/metrics", params=query)
         return Page[MetricLine].model_validate_json(answer.content)
+
+    def evaluations(self, job_id: str, *, after: str | None = None) -> Page[Evaluation]:
+        answer = self._call("GET", f"/v1/jobs/{_part(job_id)}/evaluations", params=_query(after=after))
+        return Page[Evaluation].model_validate_json(answer.content)
+
+    def audit(self, job_id: str) -> AuditReport:
+        """What the job trains. NotFoundError before it is audited."""
+        return self._one(AuditReport, "GET", f"/v1/jobs/{_part(job_id)}/audit")
 
     def follow_events(self, job_id: str, *, after: str | None = None, poll_s: float = 1.0) -> Iterator[EventView]:
         """Events as they come, until the job is final; likewise the two that follow."""

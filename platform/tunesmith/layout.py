@@ -90,6 +90,15 @@ def audit(job_id: str, number: int) -> str:
     return f"{attempt(job_id, number)}/audit.json"
 
 
+def evaluations(job_id: str, number: int) -> str:
+    return f"{attempt(job_id, number)}/evaluations"
+
+
+def evaluation(job_id: str, number: int, step: int) -> str:
+    """The evaluation of the model as it was after `step`."""
+    return f"{evaluations(job_id, number)}/{step}.json"
+
+
 def checkpoints(job_id: str, number: int) -> str:
     return f"{attempt(job_id, number)}/checkpoints"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tunesmith.cli import assets, audits, jobs, machine, orders
+from tunesmith.cli import assets, audits, evaluations, jobs, machine, orders
 
 _HELP = """
 Fine-tuning on Ray: pick a model, pick data, order a job, watch it, get a new model.
@@ -56,6 +56,8 @@ _jobs.command()(jobs.watch)
 _jobs.command()(jobs.events)
 _jobs.command()(jobs.logs)
 _jobs.command()(jobs.metrics)
+_jobs.command("audit")(audits.show_audit)
+_jobs.command()(evaluations.evaluations)
 _jobs.command()(jobs.stop)
 _jobs.command()(jobs.delete)
 app.add_typer(_jobs, name="jobs")

@@ -1,4 +1,4 @@
-"""`datasets audit`: what a job would train, token by token, before it is ordered."""
+"""`datasets audit` and `jobs audit`: what a job would train, or trains, token by token."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli import tables
+from tunesmith.cli.jobs import JobId
 from tunesmith.cli.order_files import with_flags
 from tunesmith.cli.orders import Advanced, Set, Type
-from tunesmith.cli.session import REFUSED, AsJson, messages, output
+from tunesmith.cli.session import REFUSED, AsJson, messages, open_client, output
 from tunesmith.errors import TunesmithError, UnavailableError
 from tunesmith.settings import Settings
 
@@ -60,6 +61,16 @@ def audit_dataset(
         _show(report)
     if report.refusal is not None:
         raise typer.Exit(REFUSED)
+
+
+def show_audit(job_id: JobId, as_json: AsJson = False) -> None:
+    """What a job trains, as it was found before its training."""
+    with open_client() as client:
+        report = client.audit(job_id)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        _show(report)
 
 
 def _run(order: dict[str, Any], rows: int | None) -> dict[str, Any]:
