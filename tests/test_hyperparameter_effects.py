@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from tests import tiny
 from trainers import training
 from trainers.checkpoints import upload_checkpoint
+from trainers.data import load_data
 from trainers.device import pick_device
 from trainers.fetch import Fetched
 from trainers.lora import Hooks, Outcome, collate, load_model, loss_sum, train
 from trainers.products import write_products
 from trainers.shards import TokenizedRows
-from trainers.worker import load_data
 from tunesmith import attempts
 from tunesmith.catalog import Manifest, describe_files
 from tunesmith.clock import utc_text

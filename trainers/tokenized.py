@@ -36,7 +36,7 @@ FORMAT = 1
 """Raised when what is stored changes its form."""
 PARALLEL_BYTES = 16 << 20
 """Files that are smaller in all are encoded in this process: others would take as long to start."""
-PROGRESS_S = 1.0
+PROGRESS_S = 3.0
 
 _CODE = (
     "trainers.rows",
@@ -57,7 +57,7 @@ _NO_MATTER = {
 """What leaves the tokens as they are; everything else is part of the key."""
 
 Progress = Callable[[int, int | None], None]
-"""Called about once a second with the rows read and, where it is known, how many there are; may raise to give up."""
+"""Called every few seconds with the rows read and, where it is known, how many there are; may raise to give up."""
 
 
 @dataclass(frozen=True)

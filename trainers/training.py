@@ -31,11 +31,17 @@ def run_training(attempt: Attempt, job: TrainJob) -> Result:
     """Train, publish the new model, and say how it went. Raises what ended the run."""
     import ray
 
-    from trainers.reports import ReportWriter
+    from trainers.data import StoppedError, prepare
 
     started = time.time()
     deadline = started + job.max_run_time_s if job.max_run_time_s is not None else None
-    attempt.events.write(phase="fetch")
+    # Before any worker is taken: an accelerator does not wait for rows, and a refusal costs none.
+    try:
+        prepare(attempt, job, deadline)
+    except StoppedError as stopped:
+        return _stopped(stopped.args[0], {"steps": 0})
+    from trainers.reports import ReportWriter
+
     ray.init(logging_level=logging.WARNING)
     with ReportWriter(
         attempt.storage,
@@ -151,7 +157,8 @@ def _stopped(reason: str, summary: dict[str, Any]) -> Result:
     if reason == "worker_lost":
         raise LeaseLostError("the attempt was given up for lost")
     words = {"time_limit": "its time was up", "stopped_by_user": "it was stopped"}
-    message = f"{words.get(reason, reason)} at step {summary['steps']} of {summary['total_steps']}, with a checkpoint"
+    done = f"at step {summary['steps']} of {summary['total_steps']}, with a checkpoint"
+    message = f"{words.get(reason, reason)} {done if summary['steps'] else 'before its first step'}"
     return Result(outcome="stopped", reason=reason, message=message, time=utc_text(), summary=summary)
 
 

@@ -1,4 +1,4 @@
-"""A worker of a training run, as Ray Train starts it: rows made ready, the recipe run, the products stored."""
+"""A worker of a training run, as Ray Train starts it: the recipe run over the rows, the products stored."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ import ray.train
 import torch
 from ray.train.v2._internal.execution import context as train_context
 
-from trainers.audit import CHECKED_ROWS, audit, refuse
 from trainers.checkpoints import newest_checkpoint, upload_checkpoint
+from trainers.data import Data, load_data
 from trainers.evaluation import ANSWERED_ROWS, HeldOut, answer, evaluation
-from trainers.fetch import Fetched, fetch
+from trainers.fetch import fetch
 from trainers.logs import log_to_job
 from trainers.lora import Hooks, Worker, train
 from trainers.products import upload_products, write_products
 from trainers.reports import KEY, Report
-from trainers.shards import TokenizedRows
-from trainers.tokenized import DataFile, data_files, first_examples, tokenized
+from trainers.tokenized import first_examples
 from tunesmith import layout
 from tunesmith.clock import utc_text
 from tunesmith.errors import TunesmithError
-from tunesmith.orders import training_files
 from tunesmith.settings import Settings
 from tunesmith.spec import TrainJob
 from tunesmith.storage import Storage, open_storage
@@ -70,15 +68,12 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
     job = task.job
     reports = _Reports(worker)
     torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
-    base, dataset = fetch(job.model_url, settings), fetch(job.dataset_url, settings)
-    reports.send(phase="tokenize")
-    data = load_data(job, base.folder, dataset, storage, settings)
+    base, dataset = fetch(job.model_url, settings).folder, fetch(job.dataset_url, settings)
+    data = load_data(job, base, dataset, storage, settings)
+    held_out = _held_out(data, job)
     rows = data.rows
     counts = {"rows": len(rows), "skipped": rows.skipped, "truncated": rows.truncated}
     logger.info("%s: rows %s; held out: %s", job.id, counts, len(data.eval_rows) if data.eval_rows else "none")
-    reports.send(phase="audit")
-    if worker.rank == 0:
-        _audit(data, job, storage, layout.audit(job.id, task.attempt))
 
     def save(step: int, folder: Path | None) -> None:
         if folder is not None:
@@ -87,9 +82,9 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
         reports.send(step, message=f"checkpoint of step {step} saved", data={"checkpoint_step": step})
 
     def evaluated(step: int, model: Any, loss: float) -> None:
-        assert data.eval_rows is not None and data.held_out is not None
-        answers = answer(model, data.tokenizer, data.held_out, rank=worker.rank, world_size=worker.world_size)
-        made = evaluation(step, len(data.eval_rows), loss, data.held_out, answers)
+        assert data.eval_rows is not None
+        answers = answer(model, data.tokenizer, held_out, rank=worker.rank, world_size=worker.world_size)
+        made = evaluation(step, len(data.eval_rows), loss, held_out, answers)
         if worker.rank == 0:
             storage.put(layout.evaluation(job.id, task.attempt, step), made.model_dump_json(indent=2).encode())
         scores = {f"eval_{name}": value for name, value in made.scores.items()}
@@ -97,7 +92,7 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
 
     with newest_checkpoint(storage, job.id) as (_, resume_from), _stop_watch(task, worker, storage) as stop:
         outcome = train(
-            base.folder,
+            base,
             rows,
             data.eval_rows,
             hyperparameters=job.hyperparameters,
@@ -125,66 +120,16 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
         reports.send(outcome.steps, phase="save")
         if worker.rank == 0:
             with tempfile.TemporaryDirectory() as name:
-                write_products(outcome.model, base.folder, Path(name), job)
+                write_products(outcome.model, base, Path(name), job)
                 files = [file.model_dump() for file in upload_products(storage, Path(name), job, task.attempt)]
     reports.send(outcome.steps, products={"summary": summary, "files": files, "stop_reason": stop.reason})
 
 
-@dataclass(frozen=True)
-class Data:
-    """A job's rows, ready for training."""
-
-    tokenizer: Any
-    files: list[DataFile]
-    rows: TokenizedRows
-    eval_rows: TokenizedRows | None
-    """Held-out rows, where the job names a test file; `held_out` is what the first of them ask."""
-    held_out: HeldOut | None
-
-
-def load_data(job: TrainJob, model_folder: Path, dataset: Fetched, storage: Storage, settings: Settings) -> Data:
-    """The job's rows out of the cache of tokenised data, which is filled where they are not there."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
-    h = job.hyperparameters
-    options: dict[str, Any] = {
-        "hyperparameters": h,
-        "advanced": job.advanced,
-        "training_type": job.training_type,
-        "storage": storage,
-        "settings": settings,
-    }
-
-    def progress(read: int, total: int | None) -> None:
-        logger.info("%s: %d of %s rows tokenised", job.id, read, "unknown" if total is None else total)
-
-    files = data_files(dataset, training_files(dataset.manifest.tables, h))
-    rows = tokenized(files, tokenizer, **options, progress=progress)
-    if h["test_data_file"] is None:
-        return Data(tokenizer, files, rows, None, None)
-    test_files, limit = data_files(dataset, [h["test_data_file"]]), int(h["max_eval_samples"])
-    eval_rows = tokenized(test_files, tokenizer, **options, limit=limit)
-    asked = first_examples(test_files, h, job.training_type, min(limit, ANSWERED_ROWS))
-    return Data(tokenizer, files, rows, eval_rows, HeldOut.of(asked, tokenizer, h, job.advanced))
-
-
-def _audit(data: Data, job: TrainJob, storage: Storage, key: str) -> None:
-    """Look at what will be trained, keep the report with the job, and refuse what must not be trained."""
-    examples = first_examples(data.files, job.hyperparameters, job.training_type, CHECKED_ROWS)
-    report = audit(
-        data.rows,
-        examples,
-        data.tokenizer,
-        hyperparameters=job.hyperparameters,
-        advanced=job.advanced,
-        model=job.model,
-        dataset=job.dataset,
-    )
-    storage.put(key, report.model_dump_json(indent=2).encode())
-    for finding in report.findings:
-        logger.warning("%s: audit: %s", job.id, finding.message)
-    refuse(report)
+def _held_out(data: Data, job: TrainJob) -> HeldOut:
+    """What is answered of the held-out rows."""
+    limit = min(ANSWERED_ROWS, int(job.hyperparameters["max_eval_samples"]))
+    examples = first_examples(data.eval_files, job.hyperparameters, job.training_type, limit)
+    return HeldOut.of(examples, data.tokenizer, job.hyperparameters, job.advanced)
 
 
 class _Reports:
