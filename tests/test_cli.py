@@ -163,6 +163,16 @@ def test_tables_show_what_there_is(run: Run, live_door: LiveDoor, client: Client
     assert [line.split()[:2] for line in metrics[1:]] == [["1", "2.5"], ["2", "2"], ["3", "1.5"], ["4", "1"]]
 
 
+def test_the_models_own_defaults_are_not_shown_as_changed(run: Run, live_door: LiveDoor, client: Client) -> None:
+    details = {"parameters": 135e6, "max_seq_length": 128}
+    task_type = "text-question-answering"
+    publish(live_door.storage, make_manifest("model", "small", task_type=task_type, details=details))
+    job = client.submit(ORDER.model_copy(update={"model": "small"}))
+    assert (job.job["hyperparameters"]["learning_rate"], job.job["hyperparameters"]["max_seq_length"]) == (5e-4, 128)
+    shown = run("jobs", "show", job.id).out
+    assert "learning_rate" not in shown and "max_seq_length" not in shown and "max_steps" in shown
+
+
 def test_logs_are_printed_as_they_are(run: Run, live_door: LiveDoor, client: Client) -> None:
     job_id = finished(client, live_door)
     assert run("jobs", "logs", job_id).out == "[bold]loading[/bold]\ntraining\n"

@@ -23,6 +23,7 @@ from trainers.rows import encode
 from trainers.tokenized import DataFile, TokenizedRows, tokenize_rows
 from tunesmith import tables
 from tunesmith.errors import DataError, WorkerLostError
+from tunesmith.hyperparameters import SECTIONS
 from tunesmith.settings import Settings
 from tunesmith.storage import FolderStorage, Storage, open_storage
 
@@ -226,6 +227,11 @@ def test_a_limit_takes_the_first_rows_that_are_kept(tmp_path: Path, storage: Sto
 
 
 @pytest.mark.usefixtures("blocks")
+def test_what_leaves_the_tokens_as_they_are_is_named_as_it_is() -> None:
+    for section, known in SECTIONS.items():
+        assert set(tokenized._NO_MATTER[section].split()) <= {h.name for h in known}
+
+
 def test_progress_is_told_while_it_runs_and_may_give_up(tmp_path: Path, storage: Storage) -> None:
     told: list[tuple[int, int | None]] = []
     file = write(tmp_path / "a.jsonl", tiny.sums(300))

@@ -66,7 +66,7 @@ from tests import tiny
 from tests.test_tokenized_soak import make_tokenizer
 from trainers.audit import CHECKED_ROWS, audit
 from trainers.batches import BatchPlan
-from trainers.tokenized import DataFile, tokenized
+from trainers.tokenized import DataFile, first_examples, tokenized
 from tunesmith.settings import Settings
 from tunesmith.storage import FolderStorage
 

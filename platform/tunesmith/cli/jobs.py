@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from tunesmith.cli import tables
 from tunesmith.cli.session import AsJson, answer, follow_to_end, messages, open_client, output
+from tunesmith.errors import NotFoundError
 
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends; with --json a line each.")]
@@ -33,7 +35,10 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
     """One job: where it is, and what it runs with."""
     with open_client() as client:
         job = client.job(job_id)
-    answer(job, as_json, lambda: tables.job(job))
+        details: dict[str, Any] = {}
+        with suppress(NotFoundError):  # its model may have been deleted
+            details = client.model(job.job["model"]).details if job.kind == "train" and not as_json else {}
+    answer(job, as_json, lambda: tables.job(job, details))
 
 
 def watch(job_id: JobId, as_json: AsJson = False) -> None:

@@ -146,7 +146,7 @@ def _spec(
 def _show_plan(client: Client, spec: TrainSpec, console: Console) -> None:
     planned = client.plan(spec)
     flavor = next((flavor for flavor in client.flavors().items if flavor.name == planned.flavor), None)
-    console.print(tables.plan(planned, flavor))
+    console.print(tables.plan(planned, flavor, client.model(planned.model).details))
 
 
 def _confirmed() -> bool:

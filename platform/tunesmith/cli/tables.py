@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.hyperparameters import SECTIONS, Hyperparameter, bounds
+from tunesmith.hyperparameters import SECTIONS, Hyperparameter, bounds, for_model
 
 if TYPE_CHECKING:
     from tunesmith.attempts import MetricLine
@@ -51,7 +51,7 @@ def jobs(views: Iterable[JobView]) -> Table:
     return table(("JOB", "NAME", "KIND", "STATE", "PHASE", "MAKES", "CREATED"), rows)
 
 
-def job(view: JobView) -> Table:
+def job(view: JobView, details: Mapping[str, Any]) -> Table:
     spec = view.job
     workers = f"{spec['cards']} × {spec['flavor']}" if view.kind == "train" else None
     return pairs(
@@ -74,16 +74,19 @@ def job(view: JobView) -> Table:
             ("created", view.created_at),
             ("started", view.started_at),
             ("ended", view.ended_at),
-            *_changed(spec),
+            *_changed(spec, details),
         ]
     )
 
 
-def plan(planned: TrainJob, flavor: Flavor | None) -> Table:
-    """What an order comes to: what it trains on what, every hyperparameter that is not its default, the price."""
+def plan(planned: TrainJob, flavor: Flavor | None, details: Mapping[str, Any]) -> Table:
+    """What an order comes to: what it trains on what, every hyperparameter that is not its default, the price.
+
+    `details` are the model's; likewise for `job`.
+    """
     price = None if flavor is None else f"{flavor.price_per_hour * planned.cards} an hour"
     limit = None if planned.max_run_time_s is None else f"{planned.max_run_time_s} s"
-    changed = _changed(planned.model_dump())
+    changed = _changed(planned.model_dump(), details)
     return pairs(
         [
             ("name", planned.name),
@@ -167,12 +170,12 @@ def _metric_name(line: MetricLine) -> str:
     return line.name if line.rank is None else f"{line.name}[{line.rank}]"
 
 
-def _changed(spec: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """The hyperparameters of a resolved spec that differ from their defaults."""
+def _changed(spec: Mapping[str, Any], details: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """The hyperparameters of a resolved spec that differ from the defaults for a model with these details."""
     found: list[tuple[str, object]] = []
     for section, known in SECTIONS.items():
         given = spec.get(section, {})
-        for h in known:
+        for h in for_model(known, details):
             if h.name in given and given[h.name] != h.default:
                 found.append((h.name, f"{_value(given[h.name])} (default {_value(h.default)})"))
     return found
