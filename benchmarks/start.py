@@ -99,7 +99,7 @@ def _job(client: Client, arguments: argparse.Namespace) -> tuple[float, float, s
     losses, _ = read_on(lambda after: client.metrics(job.id, names=["loss"], after=after))
     events, _ = read_on(lambda after: client.events(job.id, after=after))
     begun = {event.phase or event.state: clock.seconds(event.time) - accepted for event in events}
-    phases = ", ".join(f"{name} {begun[name]:.1f}" for name in ("preparing", "fetch", "tokenize", "train"))
+    phases = ", ".join(f"{name} {begun[name]:.1f}" for name in ("preparing", "fetch", "tokenize", "audit", "train"))
     return clock.seconds(losses[0].time) - accepted, losses[0].value, phases
 
 
