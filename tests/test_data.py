@@ -11,7 +11,8 @@ from tests import tiny
 from trainers import tokenized
 from trainers.attempt import Attempt
 from trainers.data import StoppedError, prepare
-from tunesmith import attempts, layout
+from trainers.training import run_training
+from tunesmith import attempts, layout, tables
 from tunesmith.attempts import EventWriter
 from tunesmith.audit import read_audit
 from tunesmith.catalog import Manifest, describe_files, publish
@@ -83,6 +84,7 @@ def test_what_the_audit_refuses_never_gets_a_worker_and_its_report_is_kept(setti
 
 def test_a_job_stops_while_its_rows_are_tokenised(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenized, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", 500)
     attempt, job = attempt_on(ROWS, settings)
     with pytest.raises(StoppedError, match="time_limit"):
         prepare(attempt, job, deadline=time.time() - 1)
@@ -90,3 +92,18 @@ def test_a_job_stops_while_its_rows_are_tokenised(settings: Settings, monkeypatc
     with pytest.raises(StoppedError, match="stopped_by_user"):
         prepare(attempt, job, deadline=None)
     assert not attempt.storage.exists(layout.audit(job.id, 1))
+
+
+def test_a_run_that_is_stopped_before_its_first_step_says_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenized, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", 500)
+    attempt, job = attempt_on(ROWS, settings)
+    attempts.request_stop(attempt.storage, job.id)
+    result = run_training(attempt, job)
+    assert (result.outcome, result.reason, result.message) == (
+        "stopped",
+        "stopped_by_user",
+        "it was stopped before its first step",
+    )

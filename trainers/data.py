@@ -71,16 +71,17 @@ def load_data(
 def prepare(attempt: Attempt, job: TrainJob, deadline: float | None) -> None:
     """Fill the cache, with progress as events, and audit what will be trained; the report is kept with the job.
 
-    DataError where there is nothing to train on, or where the audit refuses it. StoppedError where the user stopped the
-    job, or `deadline`, seconds since the epoch, has passed.
+    DataError where there is nothing to train on, or where the audit refuses it. StoppedError where meanwhile
+    the user stopped the job, or `deadline`, seconds since the epoch, has passed.
     """
     storage, told = attempt.storage, 0
 
     def progress(read: int, total: int | None) -> None:
         nonlocal told
-        if storage.exists(layout.stop(job.id)):
+        # Once all are read, the workers stop the job at a step's border, with a checkpoint.
+        if read != total and storage.exists(layout.stop(job.id)):
             raise StoppedError("stopped_by_user")
-        if deadline is not None and time.time() > deadline:
+        if read != total and deadline is not None and time.time() > deadline:
             raise StoppedError("time_limit")
         if read != told:
             share = f"{read:,} rows" if total is None else f"{read:,} of {total:,} rows"

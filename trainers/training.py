@@ -157,8 +157,10 @@ def _stopped(reason: str, summary: dict[str, Any]) -> Result:
     if reason == "worker_lost":
         raise LeaseLostError("the attempt was given up for lost")
     words = {"time_limit": "its time was up", "stopped_by_user": "it was stopped"}
-    done = f"at step {summary['steps']} of {summary['total_steps']}, with a checkpoint"
-    message = f"{words.get(reason, reason)} {done if summary['steps'] else 'before its first step'}"
+    where = "before its first step"
+    if summary["steps"]:
+        where = f"at step {summary['steps']} of {summary['total_steps']}, with a checkpoint"
+    message = f"{words.get(reason, reason)} {where}"
     return Result(outcome="stopped", reason=reason, message=message, time=utc_text(), summary=summary)
 
 
