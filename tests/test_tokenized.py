@@ -226,12 +226,12 @@ def test_a_limit_takes_the_first_rows_that_are_kept(tmp_path: Path, storage: Sto
     assert made.report.read == min(count, 1200) + 1
 
 
-@pytest.mark.usefixtures("blocks")
 def test_what_leaves_the_tokens_as_they_are_is_named_as_it_is() -> None:
     for section, known in SECTIONS.items():
         assert set(tokenized._NO_MATTER[section].split()) <= {h.name for h in known}
 
 
+@pytest.mark.usefixtures("blocks")
 def test_progress_is_told_while_it_runs_and_may_give_up(tmp_path: Path, storage: Storage) -> None:
     told: list[tuple[int, int | None]] = []
     file = write(tmp_path / "a.jsonl", tiny.sums(300))

@@ -1,10 +1,10 @@
-"""Tokenised rows as Arrow files: written batch by batch, read where they lie."""
+"""Tokenised rows as Arrow files: written batch by batch, read row by row where they lie."""
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,6 @@ SHARD_BYTES = 256 << 20
 """A shard is closed once it holds so much."""
 
 _SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_()))])
-_MAPPED_BYTES = 64 << 20
-"""So much of the files is mapped in at a time; the rest lies in the system's cache, or on the disk."""
-_FAULT_BYTES = 3 * (64 << 10)
-"""What one look at a row maps in at most besides it: around its place, its tokens and its mask."""
 
 
 @dataclass(frozen=True)
@@ -138,30 +134,26 @@ class ShardWriter:
 class TokenizedRows:
     """Rows ready for training, by their number. Of each its length is held in memory; the rest stays in the files."""
 
-    def __init__(self, batches: Sequence[Any], counts: AuditCounts, maps: Sequence[mmap.mmap] = ()) -> None:
-        """`batches` are Arrow record batches, those of `maps` in them."""
+    def __init__(self, parts: Sequence[_Part], counts: AuditCounts) -> None:
         self.report = counts
-        self.lengths: npt.NDArray[np.int32] = np.empty(sum(batch.num_rows for batch in batches), np.int32)
+        self._parts = parts
+        self._starts = np.concatenate([[0], np.cumsum([part.rows for part in parts])]).astype(np.int64)
+        self.lengths: npt.NDArray[np.int32] = np.empty(self._starts[-1], np.int32)
         """[rows]: tokens of each row."""
-        self._maps = maps
-        self._mapped = 0
-        self._parts = [_arrays(batch) for batch in batches]
-        self._starts = np.concatenate([[0], np.cumsum([batch.num_rows for batch in batches])]).astype(np.int64)
-        for start, (offsets, _, _) in zip(self._starts, self._parts, strict=False):
-            self.lengths[start : start + len(offsets) - 1] = np.diff(offsets)
-            self._count(offsets.nbytes)
+        for start, part in zip(self._starts, parts, strict=False):
+            self.lengths[start : start + part.rows] = np.diff(part.offsets[0 : part.rows + 1])
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> TokenizedRows:
+        """Rows that are held in memory."""
+        kept = list(batches)
+        parts = [_Part(batch.counts.rows, batch.offsets, batch.ids, batch.trained) for batch in kept]
+        return cls(parts, sum((batch.counts for batch in kept), AuditCounts()))
 
     @classmethod
     def open(cls, paths: Sequence[Path], counts: AuditCounts) -> TokenizedRows:
         """The rows of the shards at `paths`, in order. ValueError or OSError where one is not whole."""
-        maps: list[mmap.mmap] = []
-        batches: list[Any] = []
-        for path in paths:
-            with path.open("rb") as file:
-                maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            reader = pa.ipc.open_file(pa.py_buffer(maps[-1]))
-            batches += [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        return cls(batches, counts, maps)
+        return cls([part for path in paths for part in _stored_parts(path)], counts)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -176,42 +168,74 @@ class TokenizedRows:
 
     def ids(self, row: int) -> npt.NDArray[np.int32]:
         """Token ids of a row; not to be written to."""
-        (_, ids, _), start, end = self._find(row)
-        return ids[start:end]
+        part, start, end = self._find(row)
+        ids: npt.NDArray[np.int32] = part.ids[start:end]
+        return ids
 
     def trained(self, row: int) -> npt.NDArray[np.bool_]:
         """Which of a row's tokens are trained."""
-        (_, _, bits), start, end = self._find(row)
+        part, start, end = self._find(row)
         first = start // 8
-        unpacked = np.unpackbits(bits[first : -(-end // 8)], bitorder="little")
+        unpacked = np.unpackbits(part.trained[first : -(-end // 8)], bitorder="little")
         return unpacked[start - 8 * first : end - 8 * first].view(np.bool_)
 
-    def _find(self, row: int) -> tuple[_Arrays, int, int]:
+    def _find(self, row: int) -> tuple[_Part, int, int]:
         if not 0 <= row < len(self.lengths):
             raise IndexError(f"row {row} of {len(self.lengths)}")
-        part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        arrays = self._parts[part]
-        at = row - int(self._starts[part])
-        start, end = int(arrays[0][at]), int(arrays[0][at + 1])
-        self._count(4 * (end - start))
-        return arrays, start, end
-
-    def _count(self, size_bytes: int) -> None:
-        """Let the maps go after so many bytes: pages looked at count as the process's memory until then."""
-        self._mapped += size_bytes + _FAULT_BYTES
-        if self._mapped >= _MAPPED_BYTES:
-            self._mapped = 0
-            for each in self._maps:
-                each.madvise(mmap.MADV_DONTNEED)
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        part = self._parts[number]
+        at = row - int(self._starts[number])
+        start, end = part.offsets[at : at + 2].tolist()
+        return part, start, end
 
 
-_Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint8]]
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one batch; offsets, ids and trained as in Batch, each an array or a column of a file."""
+
+    rows: int
+    offsets: Any
+    ids: Any
+    trained: Any
 
 
-def _arrays(batch: Any) -> _Arrays:
-    ids, trained = batch.columns
-    bits = np.frombuffer(trained.values.buffers()[1], np.uint8) if len(trained.values) else np.zeros(0, np.uint8)
-    return ids.offsets.to_numpy(), ids.values.to_numpy(), bits
+@dataclass(frozen=True)
+class _Column:
+    """Values that lie one behind the other in a file, read slice by slice.
+
+    Not mapped into memory: a look at one value of a mapped file may take in a megabyte around it, which counts as the
+    process's own.
+    """
+
+    file: BinaryIO
+    at: int
+    """Where in the file, bytes."""
+    dtype: npt.DTypeLike
+
+    def __getitem__(self, part: slice) -> npt.NDArray[Any]:
+        size = np.dtype(self.dtype).itemsize
+        wanted = (part.stop - part.start) * size
+        data = os.pread(self.file.fileno(), wanted, self.at + part.start * size)
+        if len(data) != wanted:
+            raise OSError(f"{self.file.name} is shorter than it was")
+        return np.frombuffer(data, self.dtype)
+
+
+def _stored_parts(path: Path) -> Iterator[_Part]:
+    """The batches of a shard. ValueError or OSError where it is not whole."""
+    file = path.open("rb")
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # only to find the columns
+    whole = pa.py_buffer(mapped)
+    reader = pa.ipc.open_file(whole)
+    for number in range(reader.num_record_batches):
+        ids, trained = reader.get_batch(number).columns
+        buffers = (ids.buffers()[1], ids.values.buffers()[1], trained.values.buffers()[1])
+        columns = [
+            _Column(file, 0 if buffer is None else buffer.address - whole.address, dtype)
+            for buffer, dtype in zip(buffers, (np.int32, np.int32, np.uint8), strict=True)
+        ]
+        yield _Part(len(ids), *columns)
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _create(path: Path) -> BinaryIO:

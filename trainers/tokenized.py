@@ -140,8 +140,7 @@ def tokenize_rows(
         columns[hyperparameters["history_field"]] = None  # rows without it have none
     recipe = Recipe(tokenizer, hyperparameters, advanced)
     task = (Block(Path("rows.json"), parsed=held), detect(list(columns), hyperparameters, training_type))
-    batches = list(_checked(encode_here([task], recipe, limit)))
-    return TokenizedRows([batch.arrow() for batch in batches], sum((batch.counts for batch in batches), AuditCounts()))
+    return TokenizedRows.of(_checked(encode_here([task], recipe, limit)))
 
 
 def cache_key(files: Sequence[DataFile], recipe: Recipe, *, training_type: str, limit: int | None) -> str:
