@@ -78,7 +78,10 @@ def test_a_job_without_a_door_leaves_the_same_and_is_adopted(
     own = sorted(key.removeprefix(f"jobs/{job_id}/") for key in keys if key.startswith(f"jobs/{job_id}/"))
     assert {key for key in own if "attempts" not in key} == {"job.json"}
     attempt = [key.removeprefix("attempts/1/") for key in own if key.startswith("attempts/1/")]
-    assert {"claim", "result.json", "audit.json"} <= set(attempt)
+    grows = {"logs", "metrics", "events", "checkpoints", "evaluations"}
+    assert {key.partition("/")[0] for key in attempt} == {"claim", "result.json", "audit.json", *grows}
+    evaluated = {key.removeprefix("evaluations/") for key in attempt if key.startswith("evaluations/")}
+    assert evaluated == {f"{step}.json" for step in (0, 5, 10, 15, 20)}
     for kind in ("logs/driver", "logs/0", "metrics", "events"):
         numbers = sorted(int(key.rpartition("/")[2]) for key in attempt if key.rpartition("/")[0] == kind)
         assert numbers == list(range(1, len(numbers) + 1)), kind
