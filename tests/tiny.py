@@ -32,12 +32,12 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_model(folder: Path) -> Path:
-    """Write the model to `folder` with its tokenizer; the same weights every time."""
+def make_model(folder: Path, tokenizer: Any = None) -> Path:
+    """Write the model to `folder` with its tokenizer, or another one; the same weights every time."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
