@@ -95,6 +95,21 @@ def test_an_answer_ends_at_the_end_of_turn_or_at_its_bound(model: Any) -> None:
     assert generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=5) == [text(whole[:5])]
 
 
+def test_answers_end_where_the_job_is_to_stop(model: Any) -> None:
+    whole = by_hand(model, PROMPTS[0], [TOKENIZER.eos_token_id])
+    assert len(whole) > 3
+    asked = iter([False, False, False, True])
+    answers = generate_answers(
+        model,
+        TOKENIZER,
+        [PROMPTS[0], PROMPTS[0]],
+        max_new_tokens=NEW_TOKENS,
+        batch_rows=1,
+        should_stop=lambda: next(asked, True),
+    )
+    assert answers == [text(whole[:3]), ""]
+
+
 def test_the_models_the_tokenizers_and_the_templates_ends_all_stop_an_answer(model: Any) -> None:
     tokenizer = tiny.make_tokenizer()
     end, pad, user = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|pad|>", "<|user|>"))

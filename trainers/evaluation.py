@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +64,21 @@ class HeldOut:
         )
 
 
-def answer(model: Any, tokenizer: Any, held_out: HeldOut, *, rank: int, world_size: int) -> list[str]:
-    """The model's answers to all rows, made by the workers together; each of them calls this, and has them all."""
+def answer(
+    model: Any,
+    tokenizer: Any,
+    held_out: HeldOut,
+    *,
+    rank: int,
+    world_size: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[str]:
+    """The model's answers to all rows, made by the workers together; each of them calls this, and has them all.
+
+    `should_stop` as in `generate_answers`.
+    """
     share = held_out.prompt_ids[rank::world_size]
-    own = generate_answers(model, tokenizer, share, max_new_tokens=held_out.max_new_tokens)
+    own = generate_answers(model, tokenizer, share, max_new_tokens=held_out.max_new_tokens, should_stop=should_stop)
     if world_size == 1:
         return own
     shares: list[list[str]] = [[]] * world_size
@@ -98,12 +109,14 @@ def generate_answers(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_rows: int = BATCH_ROWS,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """The model's greedy answer to each prompt, without special tokens; the model is left as it was.
 
     A prompt is token ids, one at least. A peft model answers with its adapter, inside `model.disable_adapter()`
     as its base. An answer ends at a token of `stop_ids`, or after `max_new_tokens`, at most half the model's
-    context length; a prompt that is too long beside it loses its beginning.
+    context length; a prompt that is too long beside it loses its beginning. Once `should_stop`, asked at every token,
+    says so, the answers end where they are, and those to come are empty.
     """
     # peft's own generate() writes to the model it wraps; the layers of the adapter are at work in the base as well.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -112,12 +125,20 @@ def generate_answers(
     stops = stop_ids(base, tokenizer)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+
+    def stopping(ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        return torch.full((len(ids),), should_stop(), device=ids.device)
+
     with _answering(base, new_tokens, stops) as config:
         for at in range(0, len(order), batch_rows):
+            if should_stop():
+                break
             share = order[at : at + batch_rows]
             kept = [prompts[row][-int(min(len(prompts[row]), context - new_tokens)) :] for row in share]
             ids, mask = _pad_left(kept, base.device)
-            made = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
+            made = base.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[stopping]
+            )[:, ids.shape[1] :]
             for row, answer in zip(share, made.tolist(), strict=True):
                 end = next((place for place, token in enumerate(answer) if token in stops), len(answer))
                 text = tokenizer.decode(answer[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)

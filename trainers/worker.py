@@ -83,7 +83,17 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
 
     def evaluated(step: int, model: Any, loss: float) -> None:
         assert data.eval_rows is not None
-        answers = answer(model, data.tokenizer, held_out, rank=worker.rank, world_size=worker.world_size)
+        answers = answer(
+            model,
+            data.tokenizer,
+            held_out,
+            rank=worker.rank,
+            world_size=worker.world_size,
+            should_stop=lambda: stop.reason is not None,
+        )
+        if stop.reason is not None:  # the answers may be cut short
+            reports.send(step)
+            return
         made = evaluation(step, len(data.eval_rows), loss, held_out, answers)
         if worker.rank == 0:
             storage.put(layout.evaluation(job.id, task.attempt, step), made.model_dump_json(indent=2).encode())
