@@ -14,7 +14,6 @@ KEEP            1: the platform stays up
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from pathlib import Path
 from rich.console import Console
 
 from demo.job import FREIGHT, Data, prepare, run
+from demo.signals import interrupt_on_leave, uninterrupted
 from tunesmith import local, ports
 from tunesmith.cli.session import INTERRUPTED, exit_code, print_error
 from tunesmith.client import Client
@@ -64,8 +64,7 @@ class Options:
 
 def main() -> int:
     # An end asked for by kill or a closed terminal takes the platform down like Ctrl-C.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    interrupt_on_leave()
     # Away from a terminal four columns of text need more than the usual 80 characters.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     try:
@@ -111,10 +110,8 @@ def _platform(console: Console, *, keep: bool) -> Iterator[Settings]:
         if keep and local.running(settings):
             _say_how_to_go_on(console, settings)
         else:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            with console.status("taking the platform down"):
+            with uninterrupted(), console.status("taking the platform down"):
                 ended = local.down(settings)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             console.print(f"The platform is down: {ended} processes ended. KEEP=1 leaves it up.", style="dim")
 
 

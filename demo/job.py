@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from demo import curve, own_file
+from demo.signals import uninterrupted
 from tunesmith.attempts import MetricLine
 from tunesmith.catalog import describe_files
 from tunesmith.cli.evaluations import by_step, side_by_side
@@ -121,7 +122,7 @@ def _watch(client: Client, job: JobView, console: Console) -> JobView:
     try:
         return show_progress(client, job.id, console)
     except KeyboardInterrupt:
-        with suppress(TunesmithError):  # it may have ended just now
+        with uninterrupted(), suppress(TunesmithError):  # it may have ended just now
             client.stop(job.id)
         raise
 

@@ -1,0 +1,26 @@
+"""The wish to leave, which often comes as several signals at once: from a terminal, make, a closing shell."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def interrupt_on_leave() -> None:
+    """Let every one of them end the program as Ctrl-C does."""
+    for number in LEAVE:
+        signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What is done on leaving is done to its end."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in LEAVE}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
