@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from tunesmith.errors import DataError
 from tunesmith.tables import read_rows
 
 DATA = Path(make_data.__file__).parent / "data"
-ROOT = DATA.parents[1]
 Row = dict[str, Any]
 
 
@@ -104,27 +102,6 @@ def test_an_own_file_that_will_not_do_is_refused_by_name(
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         own_file.split(tmp_path / name, tmp_path / "out", prompt_field="prompt", response_field="response")
-
-
-def test_what_is_done_on_leaving_is_done_to_its_end() -> None:
-    program = """
-import os, signal, sys
-from demo.signals import LEAVE, interrupt_on_leave, uninterrupted
-interrupt_on_leave()
-try:
-    os.kill(os.getpid(), signal.SIGTERM)
-    sys.exit("a signal must interrupt")
-except KeyboardInterrupt:
-    with uninterrupted():
-        for number in LEAVE:
-            os.kill(os.getpid(), number)
-try:
-    os.kill(os.getpid(), signal.SIGHUP)
-except KeyboardInterrupt:
-    print("done")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
 
 
 @pytest.fixture(scope="module")

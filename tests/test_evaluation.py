@@ -9,7 +9,7 @@ import torch
 
 from tests import tiny
 from trainers.device import pick_device
-from trainers.evaluation import HeldOut, answer, evaluation, generate_answers, perplexity, score, stop_ids
+from trainers.evaluation import KEPT_ANSWERS, HeldOut, answer, evaluation, generate_answers, perplexity, score, stop_ids
 from trainers.formats import Example, Turn
 from trainers.lora import load_model
 from tunesmith.evaluations import Evaluation
@@ -233,6 +233,12 @@ def test_an_evaluation_holds_the_answers_of_all_rows_and_their_scores() -> None:
     assert Evaluation.model_validate_json(right.model_dump_json()) == right
 
 
+def test_an_evaluation_keeps_the_first_answers_and_scores_all() -> None:
+    held_out = HeldOut(["p"] * 80, [[1]] * 80, ["e"] * 80, max_new_tokens=8)
+    made = evaluation(0, 80, 2.0, held_out, ["e"] * 60 + ["no"] * 20)
+    assert (len(made.answers), made.scores["rouge1"]) == (KEPT_ANSWERS, pytest.approx(75))
+
+
 def test_held_out_rows_ask_what_generation_is_given_and_plain_text_asks_nothing() -> None:
     examples = [
         Example([Turn("user", "one"), Turn("assistant", "uno"), Turn("user", "two"), Turn("assistant", " dos, due ")]),
@@ -253,17 +259,22 @@ def test_workers_share_the_rows_and_each_has_all_answers(model_folder: Path) -> 
     held_out = HeldOut(["p"] * 3, PROMPTS[:3], ["e"] * 3, max_new_tokens=NEW_TOKENS)
     model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(), pick_device())
     alone = answer(model, TOKENIZER, held_out, rank=0, world_size=1)
+    assert alone is not None
     assert len(set(alone)) == 3
     context = mp.get_context("spawn")
     answers = context.SimpleQueue()
     # Four workers: one of them has no row.
     mp.spawn(_answer_on, args=(free(1)[0], model_folder, held_out, answers), nprocs=4)
-    assert [answers.get() for _ in range(4)] == [alone] * 4
+    given = [answers.get() for _ in range(4)]
+    assert [whole for whole, _ in given] == [alone] * 4
+    assert [cut for _, cut in given] == [None] * 4  # one of them was to stop
 
 
 def _answer_on(rank: int, port: int, model_folder: Path, held_out: HeldOut, answers: Any) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
     model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(), pick_device())
-    answers.put(answer(model, TOKENIZER, held_out, rank=rank, world_size=4))
+    whole = answer(model, TOKENIZER, held_out, rank=rank, world_size=4)
+    cut = answer(model, TOKENIZER, held_out, rank=rank, world_size=4, should_stop=lambda: rank == 1)
+    answers.put((whole, cut))
     torch.distributed.barrier()

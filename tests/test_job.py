@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import httpx
@@ -177,6 +178,26 @@ def test_a_stopped_job_has_saved_a_checkpoint_and_makes_no_model(ready: Running)
     assert jobs.checkpoint_steps(ready, job.id)
     assert ready.client.models(name="never").items == []
     ready.client.delete(job.id)
+
+
+def test_workers_that_make_answers_stop_where_they_are(ready: Running, tmp_path: Path) -> None:
+    # Answers to so many rows, as long as these, take far longer than a stop.
+    rows = [{"prompt": f"say {number}", "response": "a" * 150} for number in range(6_000)]
+    for name, part in (("train.jsonl", rows[:100]), ("held_out.jsonl", rows)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    assert ready.client.wait(ready.client.register_dataset("answers", str(tmp_path)).id).state == "completed"
+    order = jobs.spec(
+        dataset="answers", cards=2, hyperparameters={"max_seq_length": 200, "max_eval_samples": len(rows)}
+    )
+    job = ready.client.submit(order)
+    assert jobs.wait_for_event(ready, job.id, lambda event: event.phase in ("evaluate", "save")).phase == "evaluate"
+    while not jobs.metrics(ready, job.id, "eval_loss"):
+        time.sleep(0.2)
+    ready.client.stop(job.id)
+    ended = ready.client.wait(job.id)
+    assert (ended.state, ended.reason) == ("stopped", "stopped_by_user")
+    assert ready.client.evaluations(job.id).items == []
+    assert jobs.checkpoint_steps(ready, job.id) == [1]
 
 
 def test_a_job_whose_time_is_up_stops_with_a_checkpoint(ready: Running) -> None:

@@ -196,6 +196,19 @@ def test_held_out_rows_are_evaluated_before_at_checkpoints_and_at_the_end_and_ch
     assert list(seen) == [8]  # what was evaluated before the cut is not evaluated again
 
 
+def test_an_evaluation_ends_where_the_run_is_to_stop(model_folder: Path, tmp_path: Path) -> None:
+    evaluated: list[int] = []
+    losses, outcome = run(
+        model_folder,
+        tmp_path,
+        eval_rows=tokens(16),
+        stop_at=1,
+        evaluated=lambda step, model, loss: evaluated.append(step),
+    )
+    assert (evaluated, outcome.eval_loss_before, outcome.eval_loss) == ([], None, None)
+    assert (outcome.stopped, list(losses)) == (True, [1])
+
+
 def test_logits_at_the_trained_places_alone_give_the_models_own_loss(model_folder: Path) -> None:
     from trainers.device import pick_device
     from trainers.lora import collate, load_model

@@ -16,9 +16,9 @@ from trainers.formats import Example
 from trainers.rows import Encoder
 from tunesmith.evaluations import Answer, Evaluation
 
-ANSWERED_ROWS = 32
-"""Held-out rows that are answered, the first ones: answers take far longer than the loss, which is over all."""
-BATCH_ROWS = 32
+KEPT_ANSWERS = 64
+"""Answers that an evaluation keeps, the first ones; the scores are over all."""
+BATCH_ROWS = 64
 """Prompts answered together."""
 MAX_NEW_TOKENS = 256
 """Tokens of an answer at most."""
@@ -72,26 +72,27 @@ def answer(
     rank: int,
     world_size: int,
     should_stop: Callable[[], bool] = lambda: False,
-) -> list[str]:
+) -> list[str] | None:
     """The model's answers to all rows, made by the workers together; each of them calls this, and has them all.
 
-    `should_stop` as in `generate_answers`.
+    None, for every worker, once `should_stop` has said so to one of them.
     """
     share = held_out.prompt_ids[rank::world_size]
     own = generate_answers(model, tokenizer, share, max_new_tokens=held_out.max_new_tokens, should_stop=should_stop)
-    if world_size == 1:
-        return own
-    shares: list[list[str]] = [[]] * world_size
-    dist.all_gather_object(shares, own)
+    shares: list[list[str] | None] = [None if should_stop() else own] * world_size
+    if world_size > 1:
+        dist.all_gather_object(shares, shares[0])
     answers = [""] * len(held_out.expected)
     for number, part in enumerate(shares):
+        if part is None:
+            return None
         answers[number::world_size] = part
     return answers
 
 
 def evaluation(step: int, rows: int, loss: float, held_out: HeldOut, answers: Sequence[str]) -> Evaluation:
     """The record of the model after `step`, whose mean loss over the `rows` held-out rows is `loss`."""
-    texts = zip(held_out.prompts, held_out.expected, answers, strict=True)
+    texts = list(zip(held_out.prompts, held_out.expected, answers, strict=True))[:KEPT_ANSWERS]
     return Evaluation(
         step=step,
         rows=rows,

@@ -52,7 +52,7 @@ class Hooks:
     save: Callable[[int, Path | None], None]
     """Step, and on rank 0 a folder that is a whole checkpoint and is gone after the call."""
     should_stop: Callable[[], bool]
-    """Asked at every step border; one worker's yes stops all, after a checkpoint."""
+    """Asked at every step border and in evaluations; one worker's yes stops all, after a checkpoint."""
     phase: Callable[[str, Mapping[str, int]], None] = lambda name, data: None
     """`evaluate`, or `train`, at its beginning with `total_steps` and `first_step`."""
     evaluated: Callable[[int, Any, float], None] = lambda step, model, loss: None
@@ -117,7 +117,9 @@ def train(
         if eval_rows is None:
             return None
         hooks.phase("evaluate", {})
-        loss = evaluate(model, eval_rows, device, worker)
+        loss = evaluate(model, eval_rows, device, worker, hooks.should_stop)
+        if loss is None:
+            return None
         hooks.report(step, {"eval_loss": loss})
         hooks.evaluated(step, model, loss)
         return loss
@@ -259,20 +261,25 @@ def loss_sum(model: Any, ids: torch.Tensor, trained: torch.Tensor) -> torch.Tens
 
 
 @torch.no_grad()
-def evaluate(model: Any, rows: TokenizedRows, device: Device, worker: Worker) -> float:
-    """Mean loss per trained token of `rows`, nats, shared among the workers."""
+def evaluate(
+    model: Any, rows: TokenizedRows, device: Device, worker: Worker, should_stop: Callable[[], bool]
+) -> float | None:
+    """Mean loss per trained token of `rows`, nats, shared among the workers; None where one of them is to stop."""
     was_training = model.training
     model.eval()
     order = np.argsort(-rows.lengths, kind="stable").tolist()
-    total = torch.zeros(2, dtype=torch.float64, device="cpu" if device.backend == "gloo" else device.torch_device)
+    total = torch.zeros(3, dtype=torch.float64, device="cpu" if device.backend == "gloo" else device.torch_device)
     for at in range(worker.rank * EVAL_BATCH_ROWS, len(order), worker.world_size * EVAL_BATCH_ROWS):
+        if should_stop():
+            total[2] = 1
+            break
         ids, trained = collate(rows, order[at : at + EVAL_BATCH_ROWS], device.torch_device)
         total[0] += loss_sum(model, ids, trained)
         total[1] += trained[:, 1:].sum()
     if worker.world_size > 1:
         dist.all_reduce(total)
     model.train(was_training)
-    return float(total[0] / total[1].clamp(min=1))
+    return None if total[2] > 0 else float(total[0] / total[1].clamp(min=1))
 
 
 class _FlatGradients:

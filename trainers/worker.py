@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution import context as train_context
 
 from trainers.checkpoints import newest_checkpoint, upload_checkpoint
 from trainers.data import Data, load_data
-from trainers.evaluation import ANSWERED_ROWS, HeldOut, answer, evaluation
+from trainers.evaluation import HeldOut, answer, evaluation
 from trainers.fetch import fetch
 from trainers.logs import log_to_job
 from trainers.lora import Hooks, Worker, train
@@ -89,9 +89,9 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
             held_out,
             rank=worker.rank,
             world_size=worker.world_size,
-            should_stop=lambda: stop.reason is not None,
+            should_stop=stop.wished,
         )
-        if stop.reason is not None:  # the answers may be cut short
+        if answers is None:
             reports.send(step)
             return
         made = evaluation(step, len(data.eval_rows), loss, held_out, answers)
@@ -100,7 +100,7 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
         scores = {f"eval_{name}": value for name, value in made.scores.items()}
         reports.send(step, values={"eval_perplexity": made.perplexity, **scores})
 
-    with newest_checkpoint(storage, job.id) as (_, resume_from), _stop_watch(task, worker, storage) as stop:
+    with newest_checkpoint(storage, job.id) as (_, resume_from), _stop_watch(task, storage) as stop:
         outcome = train(
             base,
             rows,
@@ -110,13 +110,15 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
             hooks=Hooks(
                 report=reports.metrics,
                 save=save,
-                should_stop=lambda: stop.reason is not None,
+                should_stop=stop.wished,
                 phase=lambda name, data: reports.send(phase=name, data=data),
                 evaluated=evaluated,
             ),
             worker=worker,
             resume_from=resume_from,
         )
+    if outcome.stopped and not stop.wished():  # another worker saw it first
+        stop.look()
     summary: dict[str, Any] = {
         "steps": outcome.steps,
         "total_steps": outcome.total_steps,
@@ -136,8 +138,7 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
 
 
 def _held_out(data: Data, job: TrainJob) -> HeldOut:
-    """What is answered of the held-out rows."""
-    limit = min(ANSWERED_ROWS, int(job.hyperparameters["max_eval_samples"]))
+    limit = int(job.hyperparameters["max_eval_samples"])
     examples = first_examples(data.eval_files, job.hyperparameters, job.training_type, limit)
     return HeldOut.of(examples, data.tokenizer, job.hyperparameters, job.advanced)
 
@@ -170,34 +171,43 @@ class _Reports:
         return sampled
 
 
-@dataclass
 class _Stop:
-    reason: str | None = None
+    """Whether the job is to stop: by the stop object, at the end of its time, or because its attempt is fenced."""
+
+    def __init__(self, task: Task, storage: Storage) -> None:
+        self.reason: str | None = None
+        self._task, self._storage = task, storage
+
+    def wished(self) -> bool:
+        return self.reason is not None
+
+    def look(self) -> None:
+        """A storage that does not answer is no reason to stop."""
+        job_id, deadline = self._task.job.id, self._task.deadline
+        try:
+            if self._storage.exists(layout.stop(job_id)):
+                self.reason = "stopped_by_user"
+            elif self._storage.exists(layout.result(job_id, self._task.attempt)):
+                self.reason = "worker_lost"
+            elif deadline is not None and time.time() > deadline:
+                self.reason = "time_limit"
+        except TunesmithError as error:
+            logger.warning("%s: the stop object could not be looked for: %s", job_id, error)
 
 
 @contextmanager
-def _stop_watch(task: Task, worker: Worker, storage: Storage) -> Iterator[_Stop]:
-    """On rank 0, look beside the training for the stop object, the end of the job's time, and a fenced attempt."""
-    stop, done = _Stop(), threading.Event()
+def _stop_watch(task: Task, storage: Storage) -> Iterator[_Stop]:
+    """Look beside the training, in every worker: one that makes answers hears of it from no other."""
+    stop, done = _Stop(task, storage), threading.Event()
 
     def look() -> None:
-        while stop.reason is None and not done.wait(STOP_LOOK_S):
-            try:
-                if storage.exists(layout.stop(task.job.id)):
-                    stop.reason = "stopped_by_user"
-                elif storage.exists(layout.result(task.job.id, task.attempt)):
-                    stop.reason = "worker_lost"
-                elif task.deadline is not None and time.time() > task.deadline:
-                    stop.reason = "time_limit"
-            except TunesmithError as error:
-                logger.warning("%s: the stop object could not be looked for: %s", task.job.id, error)
+        while not stop.wished() and not done.wait(STOP_LOOK_S):
+            stop.look()
 
     thread = threading.Thread(target=look, name="stop", daemon=True)
-    if worker.rank == 0:
-        thread.start()
+    thread.start()
     try:
         yield stop
     finally:
         done.set()
-        if worker.rank == 0:
-            thread.join()
+        thread.join()

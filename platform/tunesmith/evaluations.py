@@ -34,7 +34,7 @@ class Evaluation(Frozen):
     scores: dict[str, float]
     """`bleu`, `rouge1`, `rouge2` and `rougeL` of the answers, 0 to 100; empty where rows ask nothing."""
     answers: list[Answer]
-    """To the first of the rows, in their order; long texts are shortened."""
+    """To the first of the rows, in their order; the scores are over all. Long texts are shortened."""
 
 
 def read_evaluations(storage: Storage, job_id: str, *, after: int = -1, limit: int | None = None) -> list[Evaluation]:

@@ -108,8 +108,8 @@ GUIDE: tuple[Hyperparameter, ...] = (
           "已有微调结果的存储路径，在其基础上继续训练", **_NOT_YET),
     Hyperparameter("bits", int, None, "bits of the quantized base; absent: none",
                    "模型量化的位数；不填：不量化", choices=(4, 8), optional=True, **_NOT_YET),
-    _int("max_eval_samples", 500, 1, _MANY, "held-out rows evaluated at most; the first 32 of them are answered too",
-         "评估时最多使用的测试样本数；其中前 32 条还会生成回答"),
+    _int("max_eval_samples", 64, 1, _MANY, "held-out rows at most that are evaluated, and answered by the model",
+         "评估时最多使用的测试样本数：计算损失，并生成回答"),
 )
 
 ADVANCED: tuple[Hyperparameter, ...] = (
