@@ -1,0 +1,55 @@
+"""TRL's SFTTrainer: `packed` (best-fit decreasing), `padding_free`, or `plain`.
+
+Packed and padding-free rows stand behind one another with positions that begin again. Without an attention mask and a
+cache, transformers keeps such rows apart on a CPU too; the run looks whether it does, and goes no further if not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.peers.trainer_runs import (
+    PACKAGES,
+    Watch,
+    arguments,
+    load_rows,
+    load_tokenizer,
+    lora_model,
+    rows_are_apart,
+)
+from benchmarks.peers.work import Work
+
+FILLED = 0.97
+"""Share of a pack that best-fit decreasing fills, about."""
+
+
+def main(path: str, setting: str = "packed") -> None:
+    work = Work.read(path)
+    given: dict[str, Any] = {"max_length": None, "packing": False, "padding_free": setting == "padding_free"}
+    if setting == "packed":
+        # One pack a pass: several would be joined to a longer row, with more of a mask to compute and throw away.
+        work = dataclasses.replace(work, batch_rows=1, passes=work.packed_passes(FILLED))
+        given = {"max_length": work.max_length, "packing": True, "packing_strategy": "bfd"}
+    tokenizer = load_tokenizer(work)
+    config = {"setting": setting, **given}
+    watch = Watch(config, PACKAGES[:5])
+    trainer = SFTTrainer(
+        model=lora_model(work),
+        args=SFTConfig(**arguments(work), **given, dataset_num_proc=1),
+        train_dataset=load_rows(work),
+        processing_class=tokenizer,
+        callbacks=[watch],
+    )
+    if setting != "plain":
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in range(max(2, work.batch_rows))])
+        if not rows_are_apart(trainer.model, batch):
+            raise SystemExit(f"{setting}: rows of one pack see each other")
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
