@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def main() -> None:
         say(lines, f"{len(rows)} rows, {work.mean_length:.1f} tokens each; {arguments.threads} threads")
         say(lines, f"steps of {work.global_rows} rows; arithmetic of the timed ones: {needed / 1e12:.2f} TFLOP")
         rounds, peaks, failed = _rounds(names, work, arguments, lines)
-    figures = _figures(rounds, needed, peaks, failed)
+    figures = take_figures(rounds, needed, peaks, failed)
     for key, value in figures.items():
         say(lines, f"{key}: {value['value']:.4g} {value['unit']} ({value['min']:.4g} to {value['max']:.4g})")
     if not arguments.only:
@@ -124,6 +125,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=2, help="forward passes of one step")
     parser.add_argument("--warmup-steps", type=int, default=2, help="steps that are not timed")
     parser.add_argument("--steps", type=int, default=8, help="steps that are")
+    parser.add_argument("--limit", type=int, default=4096, help="rows of the file to choose from")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--only", help=f"of {', '.join(CONTESTANTS)}")
     parser.add_argument("--advanced", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
@@ -133,21 +135,31 @@ def _arguments() -> argparse.Namespace:
 
 
 def tokenise(model: Path, arguments: argparse.Namespace) -> TokenizedRows:
+    """The first rows of the file, as many as make whole steps."""
     from transformers import AutoTokenizer
 
-    return tokenize_rows(
-        read_rows(arguments.rows),
-        AutoTokenizer.from_pretrained(model),
-        hyperparameters=resolve(
-            {
-                "prompt_field": arguments.prompt_field,
-                "response_field": arguments.response_field,
-                "max_seq_length": arguments.max_length,
-            }
-        ),
-        advanced=resolve({}, ADVANCED, section="advanced"),
-        training_type="text-question-answering",
-    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    given = {
+        "prompt_field": arguments.prompt_field,
+        "response_field": arguments.response_field,
+        "max_seq_length": arguments.max_length,
+    }
+
+    def take(limit: int) -> TokenizedRows:
+        return tokenize_rows(
+            islice(read_rows(arguments.rows), arguments.limit),
+            tokenizer,
+            hyperparameters=resolve(given),
+            advanced=resolve({}, ADVANCED, section="advanced"),
+            training_type="text-question-answering",
+            limit=limit,
+        )
+
+    rows = take(arguments.limit)
+    global_rows = arguments.batch_rows * arguments.passes
+    if len(rows) < global_rows * (arguments.warmup_steps + arguments.steps):
+        raise SystemExit(f"{len(rows)} rows are too few for the steps")
+    return take(len(rows) - len(rows) % global_rows) if len(rows) % global_rows else rows
 
 
 def prepare(rows: TokenizedRows, model: Path, folder: Path, arguments: argparse.Namespace) -> Work:
@@ -178,13 +190,13 @@ def write_rows(rows: TokenizedRows, order: Sequence[int], path: Path) -> None:
             file.write(json.dumps({"input_ids": ids.tolist(), "labels": labels.tolist()}) + "\n")
 
 
-def _plan(rows: TokenizedRows, work: Work) -> BatchPlan:
+def batch_plan(rows: TokenizedRows, work: Work) -> BatchPlan:
     return BatchPlan(rows.lengths, batch_rows=work.batch_rows, passes=work.passes, world_size=1, seed=work.seed)
 
 
 def _order(rows: TokenizedRows, work: Work) -> list[int]:
     """The rows of the recipe's first epoch, step by step; within a step shuffled, as a peer's sampler would."""
-    plan, random = _plan(rows, work), np.random.default_rng(work.seed)
+    plan, random = batch_plan(rows, work), np.random.default_rng(work.seed)
     steps = [random.permutation(plan.rows(step)) for step in range(1, plan.steps_per_epoch + 1)]
     order: list[int] = np.concatenate(steps).tolist()
     return order
@@ -206,7 +218,7 @@ def _needed_flops(rows: TokenizedRows, work: Work, arguments: argparse.Namespace
     """Of the recipe's timed steps."""
     from transformers import AutoConfig
 
-    plan = _plan(rows, work)
+    plan = batch_plan(rows, work)
     timed = [row for step in range(arguments.warmup_steps + 1, work.steps + 1) for row in plan.rows(step)]
     return required_flops(
         AutoConfig.from_pretrained(work.model),
@@ -233,7 +245,7 @@ def _rounds(
         for name in (*names[first:], *names[:first]):
             if name in failed:
                 continue
-            run = _run(name, work, arguments, lines)
+            run = run_contestant(name, work, arguments, lines)
             if run is None:
                 failed.add(name)
                 continue
@@ -246,7 +258,7 @@ def _rounds(
     return rounds, peaks, failed
 
 
-def _run(name: str, work: Work, arguments: argparse.Namespace, lines: list[str]) -> Run | None:
+def run_contestant(name: str, work: Work, arguments: argparse.Namespace, lines: list[str]) -> Run | None:
     """One run of a contestant, its lines kept; None where it failed, which is said."""
     contestant = CONTESTANTS[name]
     llamafactory = contestant.peer == "llamafactory"
@@ -274,7 +286,7 @@ def _process(python: Path, arguments: Sequence[str], threads: int) -> subprocess
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
-def _figures(
+def take_figures(
     rounds: Sequence[Round], needed: int, peaks: Sequence[float], failed: set[str]
 ) -> dict[str, dict[str, Any]]:
     """The figures of contestants that have run in every round; ratios are taken round by round."""
