@@ -65,7 +65,7 @@ class Run:
     """What a contestant has printed."""
 
     steps: Sequence[Mapping[str, float]]
-    """`loss`, `tokens` and `seconds` of each."""
+    """`loss`, `tokens`, `seconds` and `cpu_seconds` of each."""
     warmup_steps: int
     peak_rss_bytes: int
     config: Mapping[str, Any]
@@ -77,6 +77,11 @@ class Run:
     @property
     def timed_s(self) -> float:
         return sum(step["seconds"] for step in self.steps[self.warmup_steps :])
+
+    @property
+    def timed_cpu_s(self) -> float:
+        """Far below threads times `timed_s`, other programs were in the way."""
+        return sum(step["cpu_seconds"] for step in self.steps[self.warmup_steps :])
 
     @property
     def tokens_per_s(self) -> float:
@@ -253,7 +258,7 @@ def _rounds(
             said = (
                 f"{run.tokens_per_s:.1f} tokens/s, {run.peak_rss_bytes / 2**30:.2f} GiB, warm-up {run.warmup_s:.1f} s"
             )
-            say(lines, f"round {number + 1}: {name} {said}, timed {run.timed_s:.1f} s")
+            say(lines, f"round {number + 1}: {name} {said}, timed {run.timed_s:.1f} s, CPU {run.timed_cpu_s:.1f} s")
         rounds.append(runs)
     return rounds, peaks, failed
 

@@ -74,8 +74,8 @@ def test_peers_are_given_the_rows_of_the_recipes_steps(tmp_path: Path) -> None:
 
 
 def test_only_what_ran_in_every_round_has_figures() -> None:
-    run = cpu_lora.Run([{"loss": 2.0, "tokens": 10, "seconds": 1.0}] * 2, 1, 2**30, {})
-    slow = cpu_lora.Run([{"loss": 2.2, "tokens": 10, "seconds": 2.0}] * 2, 1, 2**31, {})
+    run = cpu_lora.Run([{"loss": 2.0, "tokens": 10, "seconds": 1.0, "cpu_seconds": 1.0}] * 2, 1, 2**30, {})
+    slow = cpu_lora.Run([{"loss": 2.2, "tokens": 10, "seconds": 2.0, "cpu_seconds": 2.0}] * 2, 1, 2**31, {})
     rounds = [{"ours": run, "hf_plain": slow, "trl_packed": run}, {"ours": run, "hf_plain": slow}]
     figures = cpu_lora.take_figures(rounds, 50, [100.0, 100.0], {"trl_packed"})
     assert figures["ratio_vs_hf_trainer"]["value"] == 2.0

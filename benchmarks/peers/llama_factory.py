@@ -39,8 +39,10 @@ def main(path: str, setting: str = "neat") -> None:
     work = Work.read(path)
     neat = setting == "neat"
     if neat:
-        passes = work.packed_passes(FILLED)
-        work = dataclasses.replace(work, batch_rows=1, passes=passes)
+        # A pack has a token more than the limit, and must come out at a multiple of 8: its positions are not padded.
+        length = -(-(work.max_length + 1) // 8) * 8
+        work = dataclasses.replace(work, max_length=length - 1)
+        work = dataclasses.replace(work, batch_rows=1, passes=work.packed_passes(FILLED))
     given = {
         **arguments(work),
         "stage": "sft",

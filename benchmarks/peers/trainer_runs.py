@@ -15,7 +15,10 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "llamafactory"
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Prints steps and end of a Trainer's run. Made before the run; counts what every `training_step` is given."""
+    """Prints steps and end of a Trainer's run. Made before the run; counts what every `training_step` is given.
+
+    Packed rows, known by their positions, must not see each other: the first batch is looked at, else the run ends.
+    """
 
     def __init__(self, config: Mapping[str, Any], packages: tuple[str, ...] = PACKAGES[:4]) -> None:
         self._config = {**config, "versions": {name: version(name) for name in packages}}
@@ -24,6 +27,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         plain = Trainer.training_step
 
         def training_step(trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            if "position_ids" in inputs and "rows_apart" not in self._config:
+                if not rows_are_apart(model, inputs):
+                    raise SystemExit("rows of one pack see each other: not the training that was asked for")
+                self._config["rows_apart"] = True
             self._tokens += real_tokens(inputs)
             loss = plain(trainer, model, inputs, num_items_in_batch)
             # Each pass gives its share of the step's mean.
@@ -124,8 +131,7 @@ def arguments(work: Work) -> dict[str, Any]:
 def rows_are_apart(model: Any, batch: Mapping[str, Any]) -> bool:
     """Whether no row of a packed batch sees another: each has the hidden states that it has alone."""
     body = model.get_base_model().base_model
-    names = ("input_ids", "attention_mask", "position_ids")
-    given = {name: batch[name] for name in names if batch.get(name) is not None}
+    given = {name: value for name, value in batch.items() if name != "labels"}
     packed = body(**given, use_cache=False).last_hidden_state
     worst = 0.0
     for number, (ids, places) in enumerate(zip(batch["input_ids"], batch["position_ids"], strict=True)):

@@ -61,16 +61,16 @@ class StepLines:
     """Prints a step's line when it ends; a step begins where the one before ended."""
 
     def __init__(self) -> None:
-        self._since = time.perf_counter()
+        self.begin()
 
     def begin(self) -> None:
-        self._since = time.perf_counter()
+        self._since, self._cpu_since = time.perf_counter(), time.process_time()
 
     def end(self, step: int, *, loss: float, tokens: int) -> None:
         """`loss` is the mean over the step's trained tokens, `tokens` those that are no padding."""
-        now = time.perf_counter()
-        _say({"step": step, "loss": loss, "tokens": tokens, "seconds": now - self._since})
-        self._since = now
+        spent = {"seconds": time.perf_counter() - self._since, "cpu_seconds": time.process_time() - self._cpu_since}
+        _say({"step": step, "loss": loss, "tokens": tokens, **spent})
+        self.begin()
 
 
 def say_end(config: Mapping[str, Any]) -> None:
