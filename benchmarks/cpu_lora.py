@@ -129,7 +129,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-rows", type=int, default=8, help="rows of one forward pass")
     parser.add_argument("--passes", type=int, default=2, help="forward passes of one step")
     parser.add_argument("--warmup-steps", type=int, default=2, help="steps that are not timed")
-    parser.add_argument("--steps", type=int, default=8, help="steps that are")
+    parser.add_argument("--steps", type=int, default=6, help="steps that are")
     parser.add_argument("--limit", type=int, default=4096, help="rows of the file to choose from")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--only", help=f"of {', '.join(CONTESTANTS)}")
