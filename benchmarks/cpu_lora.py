@@ -84,6 +84,13 @@ class Run:
         return sum(step["cpu_seconds"] for step in self.steps[self.warmup_steps :])
 
     @property
+    def summary(self) -> str:
+        memory = f"{self.peak_rss_bytes / 2**30:.2f} GiB"
+        size = f"{sum(step['tokens'] for step in self.steps) / len(self.steps):.0f} tokens a step"
+        spent = f"warm-up {self.warmup_s:.1f} s, timed {self.timed_s:.1f} s, CPU {self.timed_cpu_s:.1f} s"
+        return f"{self.tokens_per_s:.1f} tokens/s, {memory}, {size}, {spent}"
+
+    @property
     def tokens_per_s(self) -> float:
         return sum(step["tokens"] for step in self.steps[self.warmup_steps :]) / self.timed_s
 
@@ -255,10 +262,9 @@ def _rounds(
                 failed.add(name)
                 continue
             runs[name] = run
-            said = (
-                f"{run.tokens_per_s:.1f} tokens/s, {run.peak_rss_bytes / 2**30:.2f} GiB, warm-up {run.warmup_s:.1f} s"
-            )
-            say(lines, f"round {number + 1}: {name} {said}, timed {run.timed_s:.1f} s, CPU {run.timed_cpu_s:.1f} s")
+            if number == 0:
+                say(lines, f"{name} runs with {json.dumps(run.config)}")
+            say(lines, f"round {number + 1}: {name} {run.summary}")
         rounds.append(runs)
     return rounds, peaks, failed
 
