@@ -46,6 +46,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._config |= {
             "dtypes": sorted(dtypes),
             "trained_parameters": trained,
+            "half_precision": bool(args.bf16 or args.fp16),
             "optim": str(args.optim),
             "rows_or_packs_a_pass": args.per_device_train_batch_size,
             "passes": args.gradient_accumulation_steps,
@@ -120,6 +121,7 @@ def arguments(work: Work) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
+        "bf16": False,  # TRL turns it on by itself
         "seed": work.seed,
         "gradient_checkpointing": False,
         "disable_tqdm": True,
