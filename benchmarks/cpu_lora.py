@@ -53,9 +53,11 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "hf_bucketed": Contestant("hf_trainer", "bucketed", "hf_trainer_bucketed", usual=True),
     "hf_compiled": Contestant("hf_trainer", "compiled", "hf_trainer_bucketed"),
     "trl_packed": Contestant("trl_sft", "packed", "trl", usual=True),
+    "trl_wide": Contestant("trl_sft", "wide", "trl"),
     "trl_padding_free": Contestant("trl_sft", "padding_free", "trl"),
     "trl_plain": Contestant("trl_sft", "plain", "trl"),
-    "llamafactory_neat": Contestant("llama_factory", "neat", "llamafactory", usual=True),
+    "llamafactory_wide": Contestant("llama_factory", "wide", "llamafactory", usual=True),
+    "llamafactory_neat": Contestant("llama_factory", "neat", "llamafactory"),
     "llamafactory_plain": Contestant("llama_factory", "plain", "llamafactory"),
 }
 

@@ -1,6 +1,6 @@
-"""LLaMA-Factory: `neat` (packed, rows kept apart by a mask) or `plain`. Runs in an environment of its own.
+"""LLaMA-Factory: `neat` (packed, rows kept apart by a mask), `wide` (several packs a pass) or `plain`.
 
-It is given the tokens through its `tokenized_path`; what packs them is its own processor.
+It runs in an environment of its own. The tokens reach it through its `tokenized_path`, packed by its own processor.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ class _Packed(_Given, PackedSupervisedDatasetProcessor):  # type: ignore[misc]
 
 def main(path: str, setting: str = "neat") -> None:
     work = Work.read(path)
-    neat = setting == "neat"
+    neat = setting != "plain"
     if neat:
         # A pack has a token more than the limit, and must come out at a multiple of 8: its positions are not padded.
         length = -(-(work.max_length + 1) // 8) * 8
-        work = dataclasses.replace(work, max_length=length - 1)
-        work = dataclasses.replace(work, batch_rows=1, passes=work.packed_passes(FILLED))
+        work = dataclasses.replace(work, max_length=length - 1).packed(filled=FILLED, wide=setting == "wide")
     given = {
         **arguments(work),
         "stage": "sft",

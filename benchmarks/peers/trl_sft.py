@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: `packed` (best-fit decreasing), `padding_free`, or `plain`.
+"""TRL's SFTTrainer: `packed` (best-fit decreasing), `wide` (several packs joined), `padding_free`, or `plain`.
 
 Packed and padding-free rows stand behind one another with positions that begin again. Without an attention mask and a
 cache, transformers keeps such rows apart on a CPU too.
@@ -6,7 +6,6 @@ cache, transformers keeps such rows apart on a CPU too.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from typing import Any
 
@@ -29,9 +28,8 @@ FILLED = 0.97
 def main(path: str, setting: str = "packed") -> None:
     work = Work.read(path)
     given: dict[str, Any] = {"max_length": None, "packing": False, "padding_free": setting == "padding_free"}
-    if setting == "packed":
-        # One pack a pass: several would be joined to a longer row, with more of a mask to compute and throw away.
-        work = dataclasses.replace(work, batch_rows=1, passes=work.packed_passes(FILLED))
+    if setting in ("packed", "wide"):
+        work = work.packed(filled=FILLED, wide=setting == "wide")
         given = {"max_length": work.max_length, "packing": True, "packing_strategy": "bfd"}
     tokenizer = load_tokenizer(work)
     config = {"setting": setting, **given}

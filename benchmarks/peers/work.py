@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,15 @@ class Work:
     def global_rows(self) -> int:
         return self.batch_rows * self.passes
 
-    def packed_passes(self, filled: float) -> int:
-        """How many packs of `max_length`, each `filled` to that share, come nearest to the tokens of a step."""
-        return max(1, round(self.global_rows * self.mean_length / (self.max_length * filled)))
+    def packed(self, *, filled: float, wide: bool = False) -> Work:
+        """The same with packs of `max_length` for rows, each `filled` to that share, and as near to a step's tokens.
+
+        One pack a pass, or, if `wide`, as many as leave the number of passes.
+        """
+        packs = max(1, round(self.global_rows * self.mean_length / (self.max_length * filled)))
+        if not wide:
+            return replace(self, batch_rows=1, passes=packs)
+        return replace(self, batch_rows=max(1, round(packs / self.passes)))
 
 
 class StepLines:
