@@ -119,6 +119,10 @@ def main() -> None:
         say(lines, f"{len(rows)} rows, {work.mean_length:.1f} tokens each; {arguments.threads} threads")
         say(lines, f"steps of {work.global_rows} rows; arithmetic of the timed ones: {needed / 1e12:.2f} TFLOP")
         rounds, peaks, failed = _rounds(names, work, arguments, lines)
+    for setting in ("trained_parameters", "threads"):
+        values = {name: run.config[setting] for name, run in rounds[0].items()}
+        if len(set(values.values())) > 1:
+            raise SystemExit(f"the contestants do not do the same: {setting} {values}")
     figures = take_figures(rounds, needed, peaks, failed)
     for key, value in figures.items():
         say(lines, f"{key}: {value['value']:.4g} {value['unit']} ({value['min']:.4g} to {value['max']:.4g})")

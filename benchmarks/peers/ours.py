@@ -47,8 +47,9 @@ def main(path: str) -> None:
         should_stop=lambda: False,
         phase=lambda name, data: lines.begin() if name == "train" else None,
     )
-    train(Path(work.model), rows, None, hyperparameters=hyperparameters, advanced=advanced, hooks=hooks)
-    say_end({"advanced": advanced, "threads": torch.get_num_threads()})
+    ended = train(Path(work.model), rows, None, hyperparameters=hyperparameters, advanced=advanced, hooks=hooks)
+    trained = sum(parameter.numel() for parameter in ended.model.parameters() if parameter.requires_grad)
+    say_end({"advanced": advanced, "trained_parameters": trained, "threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":
