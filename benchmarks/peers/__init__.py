@@ -1,0 +1,1 @@
+"""The contestants of `benchmarks.cpu_lora`, a program each: `python -m benchmarks.peers.NAME WORK.json [SETTING]`."""

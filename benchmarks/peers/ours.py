@@ -1,0 +1,56 @@
+"""The recipe of `trainers.lora`, as a job runs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers.work import StepLines, Work, say_end
+from trainers.batches import BatchPlan
+from trainers.lora import Hooks, train
+from trainers.shards import TokenizedRows
+from tunesmith.audit import AuditCounts
+from tunesmith.hyperparameters import ADVANCED, resolve
+
+
+def main(path: str) -> None:
+    work = Work.read(path)
+    rows = TokenizedRows.open([Path(work.shard)], AuditCounts())
+    hyperparameters = resolve(
+        {
+            "lora_rank": work.lora_rank,
+            "lora_alpha": work.lora_alpha,
+            "per_device_train_batch_size": work.batch_rows,
+            "gradient_accumulation_steps": work.passes,
+            "learning_rate": work.learning_rate,
+            "max_seq_length": work.max_length,
+            "max_steps": work.steps,
+            "save_steps": work.steps,
+            "warmup_ratio": 0.0,
+        }
+    )
+    own = {"lr_scheduler_type": "constant", "precision": "fp32", "seed": work.seed, **work.advanced}
+    advanced = resolve(own, ADVANCED, section="advanced")
+    plan = BatchPlan(rows.lengths, batch_rows=work.batch_rows, passes=work.passes, world_size=1, seed=work.seed)
+    lines = StepLines()
+
+    def report(step: int, values: Mapping[str, float]) -> None:
+        if "loss" in values:
+            lines.end(step, loss=values["loss"], tokens=int(rows.lengths[plan.rows(step)].sum()))
+
+    hooks = Hooks(
+        report=report,
+        save=lambda step, folder: None,
+        should_stop=lambda: False,
+        phase=lambda name, data: lines.begin() if name == "train" else None,
+    )
+    ended = train(Path(work.model), rows, None, hyperparameters=hyperparameters, advanced=advanced, hooks=hooks)
+    trained = sum(parameter.numel() for parameter in ended.model.parameters() if parameter.requires_grad)
+    say_end({"advanced": advanced, "trained_parameters": trained, "threads": torch.get_num_threads()})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
