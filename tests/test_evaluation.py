@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests import tiny
+from trainers.adapter import load_model
 from trainers.device import pick_device
 from trainers.evaluation import KEPT_ANSWERS, HeldOut, answer, evaluation, generate_answers, perplexity, score, stop_ids
 from trainers.formats import Example, Turn
-from trainers.lora import load_model
 from tunesmith.evaluations import Evaluation
 from tunesmith.ports import free
 

@@ -4,6 +4,7 @@ A test is named `test_NAME_...`; the last one holds that no name is left out.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,11 +18,13 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from trainers import training
+from trainers.adapter import load_model
 from trainers.checkpoints import upload_checkpoint
 from trainers.data import load_data
 from trainers.device import pick_device
 from trainers.fetch import Fetched
-from trainers.lora import Hooks, Outcome, collate, load_model, loss_sum, train
+from trainers.lora import Hooks, Outcome, loss_sum, train
+from trainers.passes import pack, pad
 from trainers.products import write_products
 from trainers.shards import TokenizedRows
 from tunesmith import attempts
@@ -295,10 +298,10 @@ def test_max_eval_samples_is_how_many_rows_are_evaluated(place: Path, limit: int
     model = fresh(place).eval()
     total, tokens = 0.0, 0
     for row in range(count):
-        ids, trained = collate(made.eval_rows, [row], torch.device("cpu"))
+        alone = pad(made.eval_rows, [row], torch.device("cpu"))
         with torch.no_grad():
-            total += float(loss_sum(model, ids, trained))
-        tokens += int(trained.sum())
+            total += float(loss_sum(model, alone))
+        tokens += len(alone.targets)
     assert made.outcome.eval_loss_before == pytest.approx(total / tokens, abs=1e-5)
 
 
@@ -599,13 +602,22 @@ def test_gradient_checkpointing_keeps_less_for_the_backward_pass_and_changes_no_
 
         model = fresh(place, gradient_checkpointing=on).train()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss_sum(model, *collate(base.rows, [0, 1, 2, 3], torch.device("cpu")))
+            loss_sum(model, pack(base.rows, [0, 1, 2, 3], torch.device("cpu")))
         kept[on] = size
     assert kept[True] < 0.5 * kept[False]
 
 
-def test_strategy_and_packing_are_by_default_what_this_version_has(place: Path) -> None:
-    assert run(place, strategy="ddp", packing="off").seen() == run(place, strategy="auto", packing="auto").seen()
+def test_strategy_is_by_default_what_this_version_has(place: Path) -> None:
+    assert run(place, strategy="ddp").seen() == run(place, strategy="auto").seen()
+
+
+def test_packing_changes_how_rows_are_laid_out_and_no_figure(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "trainers.lora"):
+        assert run(place, packing="off").losses == pytest.approx(run(place, packing="auto").losses, abs=1e-5)
+    assert [message for message in caplog.messages if message.startswith("rows are")] == [
+        "rows are padded: packing is off",
+        "rows are packed",
+    ]
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -663,7 +675,7 @@ NEEDED: dict[str, dict[str, Value]] = {
     "train_on_history": {"history_field": "past"},
 }
 """What a name has no effect without."""
-OUTSIDE = {"strategy", "packing", "save_total_limit", "max_retries", "merge_adapter"}
+OUTSIDE = {"strategy", "save_total_limit", "max_retries", "merge_adapter"}
 """Names that change what is around a run and no figure of it."""
 
 
@@ -675,7 +687,7 @@ def test_the_same_value_gives_the_same_run_and_another_value_another(place: Path
     assert getattr(base.job, _section(name))[name] != OTHERS[name]
     assert one.seen() == two.seen()
     changed = [part for part, value in one.seen().items() if value != base.seen()[part]]
-    if name == "gradient_checkpointing":
+    if name in ("gradient_checkpointing", "packing"):
         assert changed in ([], ["reports", "adapter"])  # the last digits, where sums are made in another order
     else:
         assert (changed == []) is (name in OUTSIDE)

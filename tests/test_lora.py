@@ -210,17 +210,20 @@ def test_an_evaluation_ends_where_the_run_is_to_stop(model_folder: Path, tmp_pat
 
 
 def test_logits_at_the_trained_places_alone_give_the_models_own_loss(model_folder: Path) -> None:
+    from trainers.adapter import load_model
     from trainers.device import pick_device
-    from trainers.lora import collate, load_model
+    from trainers.passes import pad
 
     device = pick_device()
     model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(), device).eval()
     rows = tokens(5)
-    ids, trained = collate(rows, [0, 1, 2, 3, 4], device.torch_device)
+    padded = pad(rows, [0, 1, 2, 3, 4], device.torch_device)
+    ids = padded.ids
     padding = torch.tensor([[at < rows.lengths[row] for at in range(ids.shape[1])] for row in range(len(rows))])
-    labels = torch.where(trained, ids, -100)
+    labels = torch.full_like(ids, -100)
+    labels.view(-1)[padded.places + 1] = padded.targets
     with torch.no_grad():
-        ours = loss_sum(model, ids, trained) / trained.sum()
+        ours = loss_sum(model, padded) / len(padded.targets)
         stock = model(input_ids=ids, attention_mask=padding, labels=labels).loss
     torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
 

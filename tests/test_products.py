@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests import tiny
+from trainers.adapter import load_model
 from trainers.checkpoints import newest_checkpoint, upload_checkpoint
 from trainers.device import pick_device
-from trainers.lora import load_model
 from trainers.products import merge, upload_products, write_products
 from tunesmith import attempts, layout
 from tunesmith.attempts import Result

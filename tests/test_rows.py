@@ -144,8 +144,19 @@ def test_every_epoch_takes_every_row_once_whatever_the_number_of_workers(world_s
     for epoch in (0, 1):
         seen = []
         for step in range(1 + epoch * plan.steps_per_epoch, 1 + (epoch + 1) * plan.steps_per_epoch):
-            shares = [row for rank in range(world_size) for part in plan.share(step, rank) for row in part]
-            assert sorted(shares) == sorted(one.rows(step))
+            shares = [row for rank in range(world_size) for part in plan.padded(step, rank) for row in part]
+            packed = [row for rank in range(world_size) for part in plan.packed(step, rank, 100) for row in part]
+            assert sorted(shares) == sorted(packed) == sorted(one.rows(step))
             seen += shares
         assert sorted(seen) == list(range(101))
     assert one.rows(1) != one.rows(1 + one.steps_per_epoch)
+
+
+def test_packed_rows_are_shared_out_by_their_tokens() -> None:
+    lengths = [100, 90, 80, 70, 30, 20, 10, 5]
+    plan = BatchPlan(lengths, batch_rows=2, passes=2, world_size=2, seed=0)
+    tokens = [[sum(lengths[row] for row in part) for part in plan.packed(1, rank, None)] for rank in (0, 1)]
+    assert [len(parts) for parts in tokens] == [2, 2]
+    assert abs(sum(tokens[0]) - sum(tokens[1])) <= 10
+    # More passes where they would be longer than is allowed.
+    assert len(plan.packed(1, 0, 50)) == -(-sum(tokens[0]) // 50)

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-WINDOW = 32
-"""Global batches whose rows are sorted together by length."""
-
 
 class BatchPlan:
-    """Rows by step. Steps are numbered from 1; every epoch goes through all rows once."""
+    """Rows by step. Steps are numbered from 1; every epoch goes through all rows once, in an order of its own."""
 
     def __init__(self, lengths: npt.ArrayLike, *, batch_rows: int, passes: int, world_size: int, seed: int) -> None:
         """`lengths` are the tokens of every row; a worker's step is `passes` forward passes of `batch_rows` rows."""
         self._lengths = np.asarray(lengths, np.int32)
         self._batch_rows = batch_rows
+        self._passes = passes
         self._world_size = world_size
         self._seed = seed
         self.global_rows = batch_rows * passes * world_size
         self.steps_per_epoch = -(-len(self._lengths) // self.global_rows)
         self._epoch_number = -1
         self._order = np.empty(0, np.int32)
-        self._places = np.empty(0, np.int64)
 
     def rows(self, step: int) -> list[int]:
         """Row numbers of the whole global batch of `step`, longest first."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         if epoch != self._epoch_number:
             self._epoch_number = epoch
-            self._order, self._places = self._epoch(epoch)
-        at = int(self._places[place]) * self.global_rows
-        found: list[int] = self._order[at : at + self.global_rows].tolist()
+            random = np.random.default_rng((self._seed, epoch))
+            self._order = random.permutation(np.arange(len(self._lengths), dtype=np.int32))
+        rows = self._order[place * self.global_rows : (place + 1) * self.global_rows]
+        found: list[int] = rows[np.lexsort((rows, -self._lengths[rows]))].tolist()
         return found
 
-    def share(self, step: int, rank: int) -> list[list[int]]:
-        """The forward passes of one worker: row numbers of each, rows of like length together.
+    def padded(self, step: int, rank: int) -> list[list[int]]:
+        """The forward passes of one worker where rows are padded: rows of like length together.
 
         A pass may be empty at the end of the data.
         """
@@ -43,15 +43,21 @@ class BatchPlan:
         passes = [rows[at : at + self._batch_rows] for at in range(0, self.global_rows, self._batch_rows)]
         return passes[rank :: self._world_size]
 
-    def _epoch(self, epoch: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """All rows of an epoch, shuffled and in windows sorted by length; and the order in which their batches come.
+    def packed(self, step: int, rank: int, tokens: int | None) -> list[list[int]]:
+        """The forward passes of one worker where rows are packed: workers, and passes, of like numbers of tokens.
 
-        Four bytes a row, besides those of the lengths.
+        They are of about `tokens` at most, where that takes more passes than are asked for.
         """
-        random = np.random.default_rng((self._seed, epoch))
-        order = random.permutation(np.arange(len(self._lengths), dtype=np.int32))
-        size = self.global_rows * WINDOW
-        for at in range(0, len(order), size):
-            window = order[at : at + size]
-            order[at : at + size] = window[np.lexsort((window, -self._lengths[window]))]
-        return order, random.permutation(self.steps_per_epoch)
+        share = self._dealt(self.rows(step), self._world_size)[rank]
+        total = int(self._lengths[share].sum())
+        return self._dealt(share, max(self._passes, 0 if tokens is None else -(-total // tokens)))
+
+    def _dealt(self, rows: Sequence[int], hands: int) -> list[list[int]]:
+        """Each row, longest first, to the hand with the fewest tokens."""
+        dealt: list[list[int]] = [[] for _ in range(hands)]
+        held = [0] * hands
+        for row in rows:
+            hand = held.index(min(held))
+            dealt[hand].append(row)
+            held[hand] += int(self._lengths[row])
+        return dealt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,3 +34,17 @@ def pick_device(local_rank: int = 0) -> Device:
 def collective_backend(resources: Mapping[str, float]) -> str:
     """The backend of workers that are given these Ray resources, known before any of them is there."""
     return next((backend for name, backend in (("GPU", "nccl"), ("NPU", "hccl")) if resources.get(name)), "gloo")
+
+
+def keep_freed_memory(device: Device) -> None:
+    """On a CPU, keep memory that is freed for what comes next: every step takes as much as the one before.
+
+    The C library would give it back to the kernel, and each page of it, taken again, costs a page fault.
+    """
+    if device.torch_device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)

@@ -5,10 +5,12 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); the adap
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
+from torch import nn
 
+from trainers.adapter import load_model
+from trainers.attention import rows_apart, why_not_packed
 from trainers.batches import BatchPlan
 from trainers.checkpoints import load_checkpoint, save_checkpoint
-from trainers.device import Device, pick_device
+from trainers.compilation import compile_layers, why_not_compiled
+from trainers.cross_entropy import cross_entropy_sum
+from trainers.device import Device, keep_freed_memory, pick_device
+from trainers.passes import Pass, pack, pad
 from trainers.shards import TokenizedRows
-from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.errors import TunesmithError
 
 EVAL_BATCH_ROWS = 8
+PASS_TOKENS = {"cpu": 1536}
+"""Tokens of a forward pass over packed rows: more take more memory and are hardly faster, by the device's type.
+
+Where the device is not named the passes are those that the user asks for."""
+STOP_STEPS = 10
+"""Steps at most from one look at the wish to stop to the next."""
+
+logger = logging.getLogger(__name__)
 
 
 class LossError(TunesmithError):
@@ -84,19 +100,20 @@ def train(
     hooks: Hooks,
     worker: Worker = Worker(),
     resume_from: Path | None = None,
+    compiled: bool | None = None,
 ) -> Outcome:
     """Train an adapter for the model in `model_folder`.
 
     `hyperparameters` and `advanced` are resolved (tunesmith.hyperparameters). The loss of a step is the mean over the
     trained tokens of its global batch, so the split into rows, passes and workers does not matter. `resume_from` is a
     checkpoint's folder; steps, rows and dropout are functions of seed and step, so nothing else needs to be kept.
+    The model's layers are `compiled` where that pays, unless it is said.
     """
     h, seed = hyperparameters, int(advanced["seed"])
     device = pick_device(worker.local_rank)
     model = load_model(model_folder, h, advanced, device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = _FlatGradients(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=h["learning_rate"], weight_decay=advanced["weight_decay"])
+    flat = _Flat([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([flat.values], lr=h["learning_rate"], weight_decay=advanced["weight_decay"])
 
     plan = BatchPlan(
         rows.lengths,
@@ -109,6 +126,20 @@ def train(
     if h["max_steps"] is not None:
         total_steps = min(total_steps, h["max_steps"])
 
+    keep_freed_memory(device)
+    model.train()
+    unpacked = "packing is off" if advanced["packing"] == "off" else why_not_packed(model, int(rows.lengths.max()))
+    make_pass = pad if unpacked else pack
+    logger.info("rows are %s", f"padded: {unpacked}" if unpacked else "packed")
+    if compiled is None:
+        tokens = int(rows.lengths.sum()) * total_steps // plan.steps_per_epoch // worker.world_size
+        uncompiled = why_not_compiled(model, advanced, device.torch_device, tokens)
+        logger.info("layers are %s", f"not compiled: {uncompiled}" if uncompiled else "compiled")
+        compiled = uncompiled is None
+    if compiled:
+        first = make_pass(rows, plan.rows(1)[:2], device.torch_device)
+        compile_layers(model, lambda: _backward(model, first, 1))
+
     state = load_checkpoint(resume_from, model, optimizer) if resume_from is not None else {"step": 0}
     first_step = state["step"] + 1
     eval_before = state.get("eval_loss_before")
@@ -117,11 +148,12 @@ def train(
         if eval_rows is None:
             return None
         hooks.phase("evaluate", {})
-        loss = evaluate(model, eval_rows, device, worker, hooks.should_stop)
-        if loss is None:
-            return None
-        hooks.report(step, {"eval_loss": loss})
-        hooks.evaluated(step, model, loss)
+        with torch.compiler.set_stance("force_eager"):
+            loss = evaluate(model, eval_rows, device, worker, hooks.should_stop, make_pass)
+            if loss is None:
+                return None
+            hooks.report(step, {"eval_loss": loss})
+            hooks.evaluated(step, model, loss)
         return loss
 
     if eval_before is None:
@@ -136,33 +168,34 @@ def train(
             save_checkpoint(Path(folder), model, optimizer, {"step": step, "eval_loss_before": eval_before})
             hooks.save(step, Path(folder))
 
-    model.train()
+    pass_tokens = PASS_TOKENS.get(device.torch_device.type)
     step, stopped = state["step"], False
     since, tokens, samples = time.perf_counter(), 0, 0
     for step in range(first_step, total_steps + 1):
         learning_rate = h["learning_rate"] * schedule(step - 1, total_steps, h["warmup_ratio"], advanced)
         batch = plan.rows(step)
         trained = sum(int(rows.trained(row)[1:].sum()) for row in batch)
-        gradients.clear()
-        for number, share in enumerate(plan.share(step, worker.rank)):
+        passes = plan.padded(step, worker.rank) if unpacked else plan.packed(step, worker.rank, pass_tokens)
+        flat.clear()
+        for number, share in enumerate(passes):
             if share:
                 if h["lora_dropout"] > 0:
                     torch.manual_seed(hash((seed, step, worker.rank, number)) & 0x7FFFFFFF)
-                loss = loss_sum(model, *collate(rows, share, device.torch_device)) / max(1, trained)
-                loss.backward()  # type: ignore[no-untyped-call]
-                gradients.loss += loss.detach()
-        gradients.stop += float(hooks.should_stop())
-        gradients.reduce(worker.world_size)
-        grad_norm = gradients.clip(h["max_grad_norm"])
+                flat.loss += _backward(model, make_pass(rows, share, device.torch_device), max(1, trained))
+        flat.stop += float(hooks.should_stop())
+        flat.reduce(worker.world_size)
+        grad_norm = flat.clip(h["max_grad_norm"])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
 
         tokens += int(rows.lengths[batch].sum())
         samples += len(batch)
-        stopped = bool(gradients.stop.item() > 0) and step < total_steps
+        # Asking the device makes the host wait for it.
+        if step % min(h["logging_steps"], STOP_STEPS) == 0:
+            stopped = bool(flat.stop.item() > 0) and step < total_steps
         if step % h["logging_steps"] == 0 or step == total_steps or stopped:
-            loss_value = float(gradients.loss)
+            loss_value = float(flat.loss)
             if not math.isfinite(loss_value):
                 raise LossError(
                     f"the loss of step {step} is {loss_value}",
@@ -193,35 +226,6 @@ def train(
     return Outcome(step, total_steps, stopped, eval_before, eval_after, model)
 
 
-def load_model(folder: Path, h: Mapping[str, Any], advanced: Mapping[str, Any], device: Device) -> Any:
-    """The frozen base with a fresh adapter, the same on every worker for the same seed."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    half = advanced["precision"] == "bf16" or (advanced["precision"] == "auto" and device.has_bf16)
-    dtype = torch.bfloat16 if half else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    targets = str(advanced["target_modules"])
-    config = LoraConfig(
-        r=h["lora_rank"],
-        lora_alpha=h["lora_alpha"],
-        lora_dropout=h["lora_dropout"],
-        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(int(advanced["seed"]))
-    try:
-        model = get_peft_model(base, config)
-    except ValueError as error:
-        raise ModelError(
-            f"target_modules {targets!r} fit no module of the model: {error}", fields=["advanced.target_modules"]
-        ) from error
-    if advanced["gradient_checkpointing"]:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
-    return model.to(device.torch_device)
-
-
 def schedule(done: int, total: int, warmup_ratio: float, advanced: Mapping[str, Any]) -> float:
     """Share of the highest learning rate after `done` steps: up from 0 over the warmup, then down to 0."""
     warmup = math.ceil(warmup_ratio * total)
@@ -232,37 +236,41 @@ def schedule(done: int, total: int, warmup_ratio: float, advanced: Mapping[str, 
     return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left)))}[kind]
 
 
-def collate(rows: TokenizedRows, share: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [rows, longest] and the mask of trained ones, padded at the right."""
-    longest = int(rows.lengths[share].max())
-    ids = torch.zeros(len(share), longest, dtype=torch.long)
-    trained = torch.zeros(len(share), longest, dtype=torch.bool)
-    for place, row in enumerate(share):
-        length = int(rows.lengths[row])
-        ids[place, :length] = torch.from_numpy(rows.ids(row).astype(np.int64))
-        trained[place, :length] = torch.from_numpy(rows.trained(row).copy())
-    return ids.to(device, non_blocking=True), trained.to(device, non_blocking=True)
-
-
-def loss_sum(model: Any, ids: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+def loss_sum(model: Any, rows: Pass) -> torch.Tensor:
     """Summed cross-entropy of the trained tokens, nats; logits are made at their places only.
 
     Padding stands at the right and attention is causal, so no token ever sees it and no attention mask is needed.
     """
     base = model.get_base_model()
-    targets = ids[:, 1:][trained[:, 1:]]
-    if _has_plain_head(base.config):
-        hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = base.get_output_embeddings()(hidden[:, :-1][trained[:, 1:]])
-    else:
-        logits = base(input_ids=ids, use_cache=False).logits[:, :-1][trained[:, 1:]]
-    loss: torch.Tensor = F.cross_entropy(logits.float(), targets, reduction="sum")
+    packed = {"offsets": rows.offsets, "longest": rows.longest} if rows.offsets is not None else {}
+    with nullcontext() if rows.offsets is None else rows_apart(base):
+        if has_plain_head(base):
+            hidden = base.base_model(input_ids=rows.ids, position_ids=rows.positions, use_cache=False, **packed)
+            wanted = hidden.last_hidden_state.flatten(0, 1).index_select(0, rows.places)
+            return cross_entropy_sum(wanted, base.get_output_embeddings().weight, rows.targets)
+        logits = base(input_ids=rows.ids, position_ids=rows.positions, use_cache=False, **packed).logits
+        wanted = logits.flatten(0, 1).index_select(0, rows.places)
+    loss: torch.Tensor = F.cross_entropy(wanted.float(), rows.targets, reduction="sum")
     return loss
+
+
+def _backward(model: Any, rows: Pass, trained: int) -> torch.Tensor:
+    """Add the gradients of the pass's share in the mean loss over `trained` tokens; that share."""
+    # Where activations are checkpointed, layers run once more in the backward pass.
+    with nullcontext() if rows.offsets is None else rows_apart(model.get_base_model()):
+        loss = loss_sum(model, rows) / trained
+        loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 @torch.no_grad()
 def evaluate(
-    model: Any, rows: TokenizedRows, device: Device, worker: Worker, should_stop: Callable[[], bool]
+    model: Any,
+    rows: TokenizedRows,
+    device: Device,
+    worker: Worker,
+    should_stop: Callable[[], bool],
+    make_pass: Callable[[TokenizedRows, Sequence[int], torch.device], Pass],
 ) -> float | None:
     """Mean loss per trained token of `rows`, nats, shared among the workers; None where one of them is to stop."""
     was_training = model.training
@@ -273,44 +281,54 @@ def evaluate(
         if should_stop():
             total[2] = 1
             break
-        ids, trained = collate(rows, order[at : at + EVAL_BATCH_ROWS], device.torch_device)
-        total[0] += loss_sum(model, ids, trained)
-        total[1] += trained[:, 1:].sum()
+        share = make_pass(rows, order[at : at + EVAL_BATCH_ROWS], device.torch_device)
+        total[0] += loss_sum(model, share)
+        total[1] += len(share.targets)
     if worker.world_size > 1:
         dist.all_reduce(total)
     model.train(was_training)
     return None if total[2] > 0 else float(total[0] / total[1].clamp(min=1))
 
 
-class _FlatGradients:
-    """All gradients in one tensor, with the step's loss and the wish to stop: one all-reduce a step carries all."""
+def has_plain_head(base: Any) -> bool:
+    """Whether logits are the product of a frozen matrix with the last hidden state and nothing more."""
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return False
+    scaled = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
+    return all(getattr(base.config, name, None) in (None, 1, 1.0) for name in scaled)
 
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+
+class _Flat:
+    """All trained parameters in one tensor, and all gradients in another: one optimizer step, one all-reduce.
+
+    With the gradients go the step's loss and the wish to stop.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
         size = sum(p.numel() for p in parameters)
-        self._flat = torch.zeros(size + 2, dtype=torch.float32, device=parameters[0].device)
-        self._gradients = self._flat[:size]
-        self.loss, self.stop = self._flat[size], self._flat[size + 1]
+        self.values = nn.Parameter(torch.cat([p.detach().flatten().float() for p in parameters]))
+        self._reduced = torch.zeros(size + 2, dtype=torch.float32, device=parameters[0].device)
+        self._gradients = self._reduced[:size]
+        self.values.grad = self._gradients
+        self.loss, self.stop = self._reduced[size], self._reduced[size + 1]
         at = 0
         for parameter in parameters:
-            parameter.grad = self._flat[at : at + parameter.numel()].view_as(parameter)
+            place = slice(at, at + parameter.numel())
+            parameter.data = self.values.data[place].view_as(parameter)
+            parameter.grad = self._gradients[place].view_as(parameter)
             at += parameter.numel()
 
     def clear(self) -> None:
-        self._flat.zero_()
+        self._reduced.zero_()
 
     def reduce(self, world_size: int) -> None:
         """Sum over the workers; each one's loss is its share of the global mean already."""
         if world_size > 1:
-            dist.all_reduce(self._flat)
+            dist.all_reduce(self._reduced)
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale down to `max_norm`; the norm before."""
         norm: torch.Tensor = torch.linalg.vector_norm(self._gradients)
         self._gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
-
-
-def _has_plain_head(config: Any) -> bool:
-    """Whether logits are the output embeddings' product with the last hidden state and nothing more."""
-    scaled = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
-    return all(getattr(config, name, None) in (None, 1, 1.0) for name in scaled)

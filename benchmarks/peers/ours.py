@@ -47,9 +47,18 @@ def main(path: str) -> None:
         should_stop=lambda: False,
         phase=lambda name, data: lines.begin() if name == "train" else None,
     )
-    ended = train(Path(work.model), rows, None, hyperparameters=hyperparameters, advanced=advanced, hooks=hooks)
+    ended = train(
+        Path(work.model),
+        rows,
+        None,
+        hyperparameters=hyperparameters,
+        advanced=advanced,
+        hooks=hooks,
+        compiled=work.compiled,
+    )
     trained = sum(parameter.numel() for parameter in ended.model.parameters() if parameter.requires_grad)
-    say_end({"advanced": advanced, "trained_parameters": trained, "threads": torch.get_num_threads()})
+    settings = {"compiled": work.compiled, "advanced": advanced}
+    say_end({**settings, "trained_parameters": trained, "threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ class Work:
     lora_alpha: int = 16
     learning_rate: float = 2e-4
     seed: int = 0
+    compiled: bool = True
+    """Whether the recipe compiles the model's layers."""
     advanced: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the recipe, besides those that make the contestants alike."""
 

@@ -1,0 +1,186 @@
+"""Attention over packed rows that never lets one row see another, as an attention implementation of transformers.
+
+Registered as `ROWS`; a forward pass under it is given `offsets`, as in `Pass`, and `longest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from transformers import AttentionInterface, AttentionMaskInterface
+
+ROWS = "tunesmith_rows"
+_aten: Any = torch.ops.aten
+
+
+@contextmanager
+def rows_apart(model: Any) -> Iterator[None]:
+    """Inside, the model's attention is that of packed rows."""
+    own = model.config._attn_implementation
+    model.config._attn_implementation = ROWS
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = own
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    offsets: torch.Tensor,
+    longest: int,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each row: query [1, heads, tokens, d], key and value [1, kv heads, tokens, d].
+
+    Returns [1, tokens, heads, d]. NotImplementedError for a kind of attention that is not made here.
+    """
+    if dropout or softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < longest):
+        raise NotImplementedError("dropout, soft caps, sinks and windows shorter than the rows")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cpu":
+        return _attend_on_cpu(query, key, value, offsets, scale)[0], None
+    if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        window = (-1, 0)  # causal
+        made: Any = varlen_attn(
+            q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=window, enable_gqa=True
+        )
+        return made[None], None
+    lengths = [end - start for start, end in pairwise(offsets.tolist())]
+    rows = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
+    made = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in rows]
+    return torch.cat(made, dim=2).transpose(1, 2), None
+
+
+@torch.library.custom_op("tunesmith::attend_rows", mutates_args=())
+def _attend_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each row attends to, [1, tokens, heads, d], and the logsumexp of its scores, [1, tokens, heads]."""
+    _, heads, tokens, width = query.shape
+    out = query.new_empty(1, tokens, heads, width)
+    logsumexp = query.new_empty(1, tokens, heads, dtype=torch.float32)
+    k, v = (states.repeat_interleave(heads // key.shape[1], 1) for states in (key, value))
+    for start, end in pairwise(offsets.tolist()):
+        row, seen = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query[:, :, start:end], k[:, :, start:end], v[:, :, start:end], 0.0, True, scale=scale
+        )
+        out[:, start:end] = row.transpose(1, 2)
+        logsumexp[:, start:end] = seen.transpose(1, 2)
+    return out, logsumexp
+
+
+@torch.library.custom_op("tunesmith::attend_rows_backward", mutates_args=())
+def _backward_on_cpu(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    offsets: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, each shaped like it and laid out by tokens."""
+    _, heads, tokens, width = query.shape
+    kv_heads = key.shape[1]
+    k, v = (states.repeat_interleave(heads // kv_heads, 1) for states in (key, value))
+    made = [query.new_empty(1, tokens, heads, width) for _ in range(3)]
+    for start, end in pairwise(offsets.tolist()):
+        row = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad[:, start:end].transpose(1, 2),
+            query[:, :, start:end],
+            k[:, :, start:end],
+            v[:, :, start:end],
+            out[:, start:end].transpose(1, 2),
+            logsumexp[:, start:end].transpose(1, 2),
+            0.0,
+            True,
+            scale=scale,
+        )
+        for place, part in zip(made, row, strict=True):
+            place[:, start:end] = part.transpose(1, 2)
+    grad_key, grad_value = (part.view(1, tokens, kv_heads, -1, width).sum(3).transpose(1, 2) for part in made[1:])
+    return made[0].transpose(1, 2), grad_key, grad_value
+
+
+@_attend_on_cpu.register_fake
+def _(query: torch.Tensor, key: Any, value: Any, offsets: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    _, heads, tokens, width = query.shape
+    return query.new_empty(1, tokens, heads, width), query.new_empty(1, tokens, heads, dtype=torch.float32)
+
+
+@_backward_on_cpu.register_fake
+def _(
+    grad: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: Any,
+    logsumexp: Any,
+    offsets: Any,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    return tuple(
+        like.new_empty(1, like.shape[2], like.shape[1], like.shape[3]).transpose(1, 2) for like in (query, key, value)
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *states, offsets, ctx.scale = inputs
+    ctx.save_for_backward(*states, *output, offsets)
+
+
+def _backward(context: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    return (*_backward_on_cpu(grad, *context.saved_tensors, context.scale), None, None)
+
+
+_attend_on_cpu.register_autograd(_backward, setup_context=_keep)
+AttentionInterface.register(ROWS, attend)
+AttentionMaskInterface.register(ROWS, lambda *args, **options: None)
+
+
+@torch.no_grad()
+def why_not_packed(model: Any, longest: int) -> str | None:
+    """Why rows of up to `longest` tokens must not be packed for this peft model; None where they may.
+
+    The model itself is asked: two rows behind each other must give what each gives alone.
+    """
+    base = model.get_base_model()
+    device = base.get_input_embeddings().weight.device
+    lengths = [13, 11]
+    ids = torch.arange(sum(lengths), device=device) * 37 % base.get_input_embeddings().num_embeddings
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    offsets = torch.tensor([0, 13, 24], dtype=torch.int32, device=device)
+    try:
+        with rows_apart(base):
+            options = {"position_ids": positions[None], "offsets": offsets, "longest": longest}
+            together = base.base_model(input_ids=ids[None], use_cache=False, **options).last_hidden_state[0]
+        alone = [
+            base.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids.split(lengths)
+        ]
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"the model cannot do it ({error})"
+    difference = torch.linalg.vector_norm((together - torch.cat(alone)).float())
+    share = float(difference / torch.linalg.vector_norm(together.float()))
+    # What rounding comes to; a row that sees another differs by far more.
+    if not share < (1e-4 if together.dtype == torch.float32 else 3e-2):
+        return f"in this model one row would see another (their hidden states differ by {share:.2g})"
+    return None
