@@ -25,11 +25,12 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(context: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         kind = "cpu" if hidden.device.type == "cpu" else "other"
         at_once = max(1, LOGITS_AT_ONCE[kind] // head.shape[0])
+        buffer = hidden.new_empty(min(at_once, len(hidden)), head.shape[0])
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad = torch.empty_like(hidden) if context.needs_input_grad[0] else None
         for at in range(0, len(hidden), at_once):
             wanted = targets[at : at + at_once, None]
-            logits = (hidden[at : at + at_once] @ head.t()).float()
+            logits = torch.mm(hidden[at : at + at_once], head.t(), out=buffer[: len(wanted)]).float()
             highest = logits.amax(1, keepdim=True)
             right = logits.gather(1, wanted) - highest
             shares = logits.sub_(highest).exp_()
