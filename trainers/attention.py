@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 ROWS = "tunesmith_rows"
 _aten: Any = torch.ops.aten
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """Fewer heads of keys than of queries: torch 2.11 takes them without being told, its successors want to be."""
 
 
@@ -72,7 +72,8 @@ def _attend_on_gpu(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     causal = (-1, 0)
     made: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=causal, **_GROUPED)
-    return made[None]
+    out: torch.Tensor = made[None]
+    return out
 
 
 @torch.library.custom_op("tunesmith::attend_rows", mutates_args=())
