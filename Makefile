@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo setup check lint test soak clean
+.PHONY: demo setup check lint test soak gpu clean
 
 # DATA=FILE PROMPT_FIELD=… RESPONSE_FIELD=… takes your own rows; KEEP=1 leaves the platform running.
 demo: $(VENV)/.demo  ## one job on a small dataset of our own, watched live
@@ -39,6 +39,9 @@ test: setup  ## everything that needs no GPU and does not take long
 
 soak: setup  ## what takes long
 	$(BIN)/python -m pytest -m soak
+
+gpu: setup  ## what needs a GPU; `benchmarks/gpu_lora.py` says how it is measured
+	$(BIN)/python -m pytest -m gpu
 
 clean:
 	rm -rf $(VENV) build dist

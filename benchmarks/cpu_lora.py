@@ -6,7 +6,8 @@ layers, fp32, no gradient checkpointing. The rows are tokenised once, by our enc
 runs in a process of its own; the speed is that of the steps after the warm-up, in tokens that are no padding. LLaMA-
 Factory gets an environment of its own in `--cache`, some minutes and gigabytes the first time.
 
-With `--only` a subset runs, of all settings in CONTESTANTS, and nothing is written down.
+With `--only` a subset runs, of all settings in CONTESTANTS, and with `--profile FILE` ours, of which the file is a
+Chrome trace; nothing is written down then.
 """
 
 from __future__ import annotations
@@ -14,38 +15,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks import contest
+from benchmarks.contest import (
+    Contestant,
+    Round,
+    Run,
+    check_alike,
+    chosen,
+    needed_flops,
+    run_process,
+    run_rounds,
+    write_work,
+)
 from benchmarks.peers.environments import llamafactory_python, smollm2
-from benchmarks.peers.flops import required_flops
 from benchmarks.peers.work import Work
-from benchmarks.results_file import ROOT, figure, say, write_results
-from trainers.batches import BatchPlan
-from trainers.shards import Batch, ShardWriter, TokenizedRows
+from benchmarks.results_file import figure, say, write_results
+from trainers.shards import TokenizedRows
 from trainers.tokenized import tokenize_rows
 from tunesmith.hyperparameters import ADVANCED, resolve
 from tunesmith.tables import read_rows
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A program of `benchmarks.peers`, one of its settings, and whose it is."""
-
-    module: str
-    setting: str | None
-    peer: str | None
-    usual: bool = False
-    """Whether it runs without being asked for by name."""
-
 
 CONTESTANTS: Mapping[str, Contestant] = {
     "ours": Contestant("ours", None, None, usual=True),
@@ -62,71 +57,29 @@ CONTESTANTS: Mapping[str, Contestant] = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a contestant has printed."""
-
-    steps: Sequence[Mapping[str, float]]
-    """`loss`, `tokens`, `seconds` and `cpu_seconds` of each."""
-    warmup_steps: int
-    peak_rss_bytes: int
-    config: Mapping[str, Any]
-
-    @property
-    def warmup_s(self) -> float:
-        return sum(step["seconds"] for step in self.steps[: self.warmup_steps])
-
-    @property
-    def timed_s(self) -> float:
-        return sum(step["seconds"] for step in self.steps[self.warmup_steps :])
-
-    @property
-    def timed_cpu_s(self) -> float:
-        """Far below threads times `timed_s`, other programs were in the way."""
-        return sum(step["cpu_seconds"] for step in self.steps[self.warmup_steps :])
-
-    @property
-    def summary(self) -> str:
-        memory = f"{self.peak_rss_bytes / 2**30:.2f} GiB"
-        size = f"{sum(step['tokens'] for step in self.steps) / len(self.steps):.0f} tokens a step"
-        spent = f"warm-up {self.warmup_s:.1f} s, timed {self.timed_s:.1f} s, CPU {self.timed_cpu_s:.1f} s"
-        return f"{self.tokens_per_s:.1f} tokens/s, {memory}, {size}, {spent}"
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(step["tokens"] for step in self.steps[self.warmup_steps :]) / self.timed_s
-
-    @property
-    def losses(self) -> list[float]:
-        return [step["loss"] for step in self.steps]
-
-
-Round = dict[str, Run]
-"""By the contestants' names."""
-
-
 def main() -> None:
     arguments = _arguments()
-    names = arguments.only.split(",") if arguments.only else [n for n, c in CONTESTANTS.items() if c.usual]
-    if unknown := set(names) - set(CONTESTANTS):
-        raise SystemExit(f"no contestant is called {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
+    names = chosen(CONTESTANTS, "ours" if arguments.profile else arguments.only)
     lines: list[str] = []
     model = smollm2(arguments.cache)
     with tempfile.TemporaryDirectory(prefix="ts-cpu-lora-") as name:
         rows = tokenise(model, arguments)
         work = prepare(rows, model, Path(name), arguments)
-        needed = _needed_flops(rows, work, arguments)
+        needed = needed_flops(rows, work, warmup_steps=arguments.warmup_steps)
         say(lines, f"{len(rows)} rows, {work.mean_length:.1f} tokens each; {arguments.threads} threads")
         say(lines, f"steps of {work.global_rows} rows; arithmetic of the timed ones: {needed / 1e12:.2f} TFLOP")
-        rounds, peaks, failed = _rounds(names, work, arguments, lines)
-    for setting in ("trained_parameters", "threads"):
-        values = {name: run.config[setting] for name, run in rounds[0].items()}
-        if len(set(values.values())) > 1:
-            raise SystemExit(f"the contestants do not do the same: {setting} {values}")
+        rounds, peaks, failed = run_rounds(
+            names,
+            1 if arguments.profile else arguments.rounds,
+            run=lambda name: run_contestant(name, work, arguments, lines),
+            peak=lambda: _matmul_peak(arguments.threads),
+            lines=lines,
+        )
+    check_alike(rounds[0], ("trained_parameters", "threads"))
     figures = take_figures(rounds, needed, peaks, failed)
     for key, value in figures.items():
         say(lines, f"{key}: {value['value']:.4g} {value['unit']} ({value['min']:.4g} to {value['max']:.4g})")
-    if not arguments.only:
+    if not arguments.only and not arguments.profile:
         say(lines, str(write_results("cpu_lora", figures, "\n".join(lines) + "\n")))
     if failed:
         raise SystemExit(f"failed, so there are no figures of {', '.join(sorted(failed))}")
@@ -146,6 +99,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=4096, help="rows of the file to choose from")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--only", help=f"of {', '.join(CONTESTANTS)}")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="a trace of ours alone, three steps of one round")
     parser.add_argument("--advanced", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
     cache = Path("~/.cache/tunesmith-benchmarks").expanduser()
     parser.add_argument("--cache", type=Path, default=cache, help="folder of the model and of peers' environments")
@@ -192,115 +146,38 @@ def prepare(rows: TokenizedRows, model: Path, folder: Path, arguments: argparse.
         passes=arguments.passes,
         max_length=arguments.max_length,
         mean_length=float(rows.lengths.mean()),
+        profile=str(arguments.profile.absolute()) if arguments.profile else None,
         advanced={name: _value(text) for name, _, text in (a.partition("=") for a in arguments.advanced)},
     )
-    write_rows(rows, _order(rows, work), Path(work.rows))
-    _write_shard(rows, folder)
+    write_work(rows, work)
     return work
-
-
-def write_rows(rows: TokenizedRows, order: Sequence[int], path: Path) -> None:
-    """`input_ids` and `labels` of the rows in this order, a JSON object a line."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in order:
-            ids = rows.ids(row)
-            labels = np.where(rows.trained(row), ids, -100)
-            file.write(json.dumps({"input_ids": ids.tolist(), "labels": labels.tolist()}) + "\n")
-
-
-def batch_plan(rows: TokenizedRows, work: Work) -> BatchPlan:
-    return BatchPlan(rows.lengths, batch_rows=work.batch_rows, passes=work.passes, world_size=1, seed=work.seed)
-
-
-def _order(rows: TokenizedRows, work: Work) -> list[int]:
-    """The rows of the recipe's first epoch, step by step; within a step shuffled, as a peer's sampler would."""
-    plan, random = batch_plan(rows, work), np.random.default_rng(work.seed)
-    steps = [random.permutation(plan.rows(step)) for step in range(1, plan.steps_per_epoch + 1)]
-    order: list[int] = np.concatenate(steps).tolist()
-    return order
-
-
-def _write_shard(rows: TokenizedRows, folder: Path) -> None:
-    batch = Batch(
-        rows.report,
-        np.concatenate([[0], np.cumsum(rows.lengths)]).astype(np.int32),
-        np.concatenate([rows.ids(row) for row in range(len(rows))]),
-        np.packbits(np.concatenate([rows.trained(row) for row in range(len(rows))]), bitorder="little"),
-    )
-    writer = ShardWriter(folder, lambda path: None)
-    writer.write(batch)
-    writer.close()
-
-
-def _needed_flops(rows: TokenizedRows, work: Work, arguments: argparse.Namespace) -> int:
-    """Of the recipe's timed steps."""
-    from transformers import AutoConfig
-
-    plan = batch_plan(rows, work)
-    timed = [row for step in range(arguments.warmup_steps + 1, work.steps + 1) for row in plan.rows(step)]
-    return required_flops(
-        AutoConfig.from_pretrained(work.model),
-        lora_rank=work.lora_rank,
-        lengths=rows.lengths[timed].tolist(),
-        trained_tokens=sum(int(rows.trained(row)[1:].sum()) for row in timed),
-    )
-
-
-def _rounds(
-    names: Sequence[str], work: Work, arguments: argparse.Namespace, lines: list[str]
-) -> tuple[list[Round], list[float], set[str]]:
-    """What each round's contestants printed, the matmul peak beside them, and which ones failed."""
-    rounds: list[Round] = []
-    peaks: list[float] = []
-    failed: set[str] = set()
-    for number in range(arguments.rounds):
-        runs: Round = {}
-        told = _process(Path(sys.executable), ["matmul"], arguments.threads)
-        peaks.append(json.loads(told.stdout.splitlines()[-1])["flops_per_s"])
-        say(lines, f"round {number + 1}: matmul peak {peaks[-1] / 1e9:.1f} GFLOP/s")
-        # Another one begins each round.
-        first = number % len(names)
-        for name in (*names[first:], *names[:first]):
-            if name in failed:
-                continue
-            run = run_contestant(name, work, arguments, lines)
-            if run is None:
-                failed.add(name)
-                continue
-            runs[name] = run
-            if number == 0:
-                say(lines, f"{name} runs with {json.dumps(run.config)}")
-            say(lines, f"round {number + 1}: {name} {run.summary}")
-        rounds.append(runs)
-    return rounds, peaks, failed
 
 
 def run_contestant(name: str, work: Work, arguments: argparse.Namespace, lines: list[str]) -> Run | None:
     """One run of a contestant, its lines kept; None where it failed, which is said."""
     contestant = CONTESTANTS[name]
     llamafactory = contestant.peer == "llamafactory"
-    python = llamafactory_python(arguments.cache) if llamafactory else Path(sys.executable)
-    with tempfile.TemporaryDirectory(prefix=f"ts-{name}-") as folder:
-        path = Path(folder) / "work.json"
-        replace(work, out=folder).write(path)
-        setting = [contestant.setting] if contestant.setting else []
-        done = _process(python, [contestant.module, str(path), *setting], arguments.threads)
-    told = [line for line in done.stdout.splitlines() if line.startswith(('{"step"', '{"peak_rss_bytes"'))]
-    lines += [f"{name} {line}" for line in told]
-    if done.returncode != 0 or len(told) != work.steps + 1:
-        say(lines, f"{name} FAILED with exit code {done.returncode} after {len(told)} lines:\n{done.stderr[-3000:]}")
-        return None
-    *steps, end = map(json.loads, told)
-    return Run(steps, arguments.warmup_steps, end["peak_rss_bytes"], end["config"])
-
-
-def _process(python: Path, arguments: Sequence[str], threads: int) -> subprocess.CompletedProcess[str]:
-    module, *rest = arguments
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-    env = {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     # The core of `platform/` is installed here, and not among a peer's packages, which need none of it.
-    command: list[str | Path] = [python, "-m", f"benchmarks.peers.{module}", *rest]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    python = llamafactory_python(arguments.cache) if llamafactory else Path(sys.executable)
+    return contest.run_contestant(
+        name,
+        contestant,
+        work,
+        warmup_steps=arguments.warmup_steps,
+        env=_threads(arguments.threads),
+        lines=lines,
+        python=python,
+    )
+
+
+def _matmul_peak(threads: int) -> float:
+    """FLOP/s"""
+    told = run_process(["matmul"], env=_threads(threads))
+    return float(json.loads(told.stdout.splitlines()[-1])["flops_per_s"])
+
+
+def _threads(count: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
 
 
 def take_figures(

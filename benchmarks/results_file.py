@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +38,45 @@ def figure(values: Sequence[float], unit: str) -> dict[str, Any]:
     }
 
 
-def write_results(name: str, figures: Mapping[str, Mapping[str, Any]], log: str) -> Path:
-    """Write `results/NAME.json` and `results/NAME.log`; the path of the first.
+def write_results(
+    name: str, figures: Mapping[str, Mapping[str, Any]], log: str, *, folder: Path = FOLDER, device: str | None = None
+) -> Path:
+    """Write NAME.json and NAME.log to `folder`; the path of the first. `device` is the accelerator.
 
-    The commit is marked `+changes` where the tree is not clean: such a file is not to be committed.
+    The commit is marked `+changes` where the tree is not clean, and `unknown` outside a clone: such a file is not to be
+    committed.
     """
-    packages = ("torch", "ray", "transformers", "peft")
+    processor = _processor() if device is None else f"{device}, {_processor()}"
     document = {
         "benchmark": name,
         "commit": _commit(),
         "date": utc_text(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version(), **_versions("torch", "ray", "transformers", "peft")},
         "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
         "figures": figures,
     }
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
     path.with_suffix(".log").write_text(log)
     return path
 
 
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def _commit() -> str:
-    commit = _git("rev-parse", "HEAD")
+    try:
+        commit = _git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
     # The results themselves may differ: the program has just written them, or is about to.
     changes = [line for line in _git("status", "--porcelain").splitlines() if "benchmarks/results/" not in line]
     return f"{commit}+changes" if changes else commit

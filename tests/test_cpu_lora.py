@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cpu_lora
+from benchmarks.contest import Run, batch_plan
 from benchmarks.peers.flops import required_flops
 from tests import tiny
 from trainers.adapter import LoraLinear, load_model
@@ -37,6 +38,7 @@ def options(**given: object) -> argparse.Namespace:
         "passes": 2,
         "max_length": 64,
         "advanced": [],
+        "profile": None,
         "threads": 1,
     }
     return argparse.Namespace(**{**usual, **given})
@@ -64,7 +66,7 @@ def test_peers_are_given_the_rows_of_the_recipes_steps(tmp_path: Path) -> None:
     rows = tokens(12)
     work = cpu_lora.prepare(rows, tmp_path, tmp_path, options())
     given = [json.loads(line) for line in Path(work.rows).read_text().splitlines()]
-    plan = cpu_lora.batch_plan(rows, work)
+    plan = batch_plan(rows, work)
     assert len(given) == len(rows)
     for step in range(1, plan.steps_per_epoch + 1):
         mine = sorted((rows.ids(row).tolist(), rows.trained(row).tolist()) for row in plan.rows(step))
@@ -78,8 +80,8 @@ def test_peers_are_given_the_rows_of_the_recipes_steps(tmp_path: Path) -> None:
 
 
 def test_only_what_ran_in_every_round_has_figures() -> None:
-    run = cpu_lora.Run([{"loss": 2.0, "tokens": 10, "seconds": 1.0, "cpu_seconds": 1.0}] * 2, 1, 2**30, {})
-    slow = cpu_lora.Run([{"loss": 2.2, "tokens": 10, "seconds": 2.0, "cpu_seconds": 2.0}] * 2, 1, 2**31, {})
+    run = Run([{"loss": 2.0, "tokens": 10, "seconds": 1.0, "cpu_seconds": 1.0}] * 2, 1, 2**30, {})
+    slow = Run([{"loss": 2.2, "tokens": 10, "seconds": 2.0, "cpu_seconds": 2.0}] * 2, 1, 2**31, {})
     rounds = [{"ours": run, "hf_plain": slow, "trl_packed": run}, {"ours": run, "hf_plain": slow}]
     figures = cpu_lora.take_figures(rounds, 50, [100.0, 100.0], {"trl_packed"})
     assert figures["ratio_vs_hf_trainer"]["value"] == 2.0

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
 
 ROWS = "tunesmith_rows"
 _aten: Any = torch.ops.aten
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""Fewer heads of keys than of queries: torch 2.11 takes them without being told, its successors want to be."""
 
 
 @contextmanager
@@ -55,18 +59,21 @@ def attend(
     if query.device.type == "cpu":
         return _attend_on_cpu(query, key, value, offsets, scale)[0], None
     if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        window = (-1, 0)  # causal
-        made: Any = varlen_attn(
-            q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=window, enable_gqa=True
-        )
-        return made[None], None
+        return _attend_on_gpu(query, key, value, offsets, longest, scale), None
     lengths = [end - start for start, end in pairwise(offsets.tolist())]
     rows = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     made = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in rows]
     return torch.cat(made, dim=2).transpose(1, 2), None
+
+
+def _attend_on_gpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    causal = (-1, 0)
+    made: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=causal, **_GROUPED)
+    out: torch.Tensor = made[None]
+    return out
 
 
 @torch.library.custom_op("tunesmith::attend_rows", mutates_args=())
@@ -153,8 +160,8 @@ def _backward(context: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | 
 
 
 _attend_on_cpu.register_autograd(_backward, setup_context=_keep)
+# Without a mask of its own transformers makes none, and does not ask the device where rows begin.
 AttentionInterface.register(ROWS, attend)
-AttentionMaskInterface.register(ROWS, lambda *args, **options: None)
 
 
 @torch.no_grad()

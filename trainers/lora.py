@@ -30,6 +30,7 @@ from trainers.cross_entropy import cross_entropy_sum
 from trainers.device import Device, keep_freed_memory, pick_device
 from trainers.passes import Pass, pack, pad
 from trainers.shards import TokenizedRows
+from trainers.trace import traced
 from tunesmith.errors import TunesmithError
 
 EVAL_BATCH_ROWS = 8
@@ -101,19 +102,21 @@ def train(
     worker: Worker = Worker(),
     resume_from: Path | None = None,
     compiled: bool | None = None,
+    profile: Path | None = None,
 ) -> Outcome:
     """Train an adapter for the model in `model_folder`.
 
     `hyperparameters` and `advanced` are resolved (tunesmith.hyperparameters). The loss of a step is the mean over the
     trained tokens of its global batch, so the split into rows, passes and workers does not matter. `resume_from` is a
     checkpoint's folder; steps, rows and dropout are functions of seed and step, so nothing else needs to be kept.
-    The model's layers are `compiled` where that pays, unless it is said.
+    The model's layers are `compiled` where that pays, unless it is said. `profile` is a file for a trace of some steps.
     """
     h, seed = hyperparameters, int(advanced["seed"])
     device = pick_device(worker.local_rank)
     model = load_model(model_folder, h, advanced, device)
     flat = _Flat([p for p in model.parameters() if p.requires_grad])
-    optimizer = torch.optim.AdamW([flat.values], lr=h["learning_rate"], weight_decay=advanced["weight_decay"])
+    fused = device.torch_device.type == "cuda" or None  # None: as torch does by itself
+    optimizer = torch.optim.AdamW([flat.values], h["learning_rate"], weight_decay=advanced["weight_decay"], fused=fused)
 
     plan = BatchPlan(
         rows.lengths,
@@ -171,7 +174,7 @@ def train(
     pass_tokens = PASS_TOKENS.get(device.torch_device.type)
     step, stopped = state["step"], False
     since, tokens, samples = time.perf_counter(), 0, 0
-    for step in range(first_step, total_steps + 1):
+    for step in traced(range(first_step, total_steps + 1), profile):
         learning_rate = h["learning_rate"] * schedule(step - 1, total_steps, h["warmup_ratio"], advanced)
         batch = plan.rows(step)
         trained = sum(int(rows.trained(row)[1:].sum()) for row in batch)

@@ -46,7 +46,9 @@ def _made(ids: list[np.ndarray], trained: list[np.ndarray], device: torch.device
     width = longest if padded else int(offsets[-1])
     starts = [longest * number for number in range(len(ids))] if padded else offsets[:-1].tolist()
     size = longest * len(ids) if padded else width
-    flat, positions, wanted = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size + 1, bool)
+    flat, wanted = np.zeros(size, np.int64), np.zeros(size + 1, bool)
+    # They go on through the padding: where they begin again, transformers sees another row and makes a mask.
+    positions = np.arange(size) % longest if padded else np.zeros(size, np.int64)
     for start, row, is_trained in zip(starts, ids, trained, strict=True):
         flat[start : start + len(row)] = row
         positions[start : start + len(row)] = np.arange(len(row))
@@ -55,7 +57,9 @@ def _made(ids: list[np.ndarray], trained: list[np.ndarray], device: torch.device
     places = np.flatnonzero(wanted[1:])
 
     def to(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        made = torch.from_numpy(array)
+        # From memory that may be paged out, the copy would wait for the device.
+        return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
     return Pass(
         ids=to(flat).view(-1, width),

@@ -32,8 +32,14 @@ def main(path: str) -> None:
             "warmup_ratio": 0.0,
         }
     )
-    own = {"lr_scheduler_type": "constant", "precision": "fp32", "seed": work.seed, **work.advanced}
-    advanced = resolve(own, ADVANCED, section="advanced")
+    own = {
+        "lr_scheduler_type": "constant",
+        "precision": "bf16" if work.cuda else "fp32",
+        "gradient_checkpointing": work.checkpointed,
+        "seed": work.seed,
+    }
+    advanced = resolve({**own, **work.advanced}, ADVANCED, section="advanced")
+    compiled = work.compiled and not work.checkpointed
     plan = BatchPlan(rows.lengths, batch_rows=work.batch_rows, passes=work.passes, world_size=1, seed=work.seed)
     lines = StepLines()
 
@@ -54,11 +60,15 @@ def main(path: str) -> None:
         hyperparameters=hyperparameters,
         advanced=advanced,
         hooks=hooks,
-        compiled=work.compiled,
+        compiled=compiled,
+        profile=None if work.profile is None else Path(work.profile),
     )
     trained = sum(parameter.numel() for parameter in ended.model.parameters() if parameter.requires_grad)
-    settings = {"compiled": work.compiled, "advanced": advanced}
-    say_end({**settings, "trained_parameters": trained, "threads": torch.get_num_threads()})
+    config = {"compiled": compiled, "advanced": advanced, "versions": {"torch": torch.__version__}}
+    say_end(
+        {**config, "trained_parameters": trained, "threads": torch.get_num_threads()},
+        device_bytes=torch.cuda.max_memory_allocated(),  # 0 without a GPU
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """TRL's SFTTrainer: `packed` (best-fit decreasing), `wide` (several packs joined), `padding_free`, or `plain`.
 
 Packed and padding-free rows stand behind one another with positions that begin again. Without an attention mask and a
-cache, transformers keeps such rows apart on a CPU too.
+cache, transformers keeps such rows apart whatever computes attention: flash-attn where it is installed and there is a
+GPU, else torch. `padding_free` and `plain` take the recipe's own steps, row for row. With `+liger` behind the setting,
+layers are computed by Liger's kernels.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from transformers.utils import is_flash_attn_2_available
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.peers.trainer_runs import (
@@ -26,22 +29,29 @@ FILLED = 0.97
 
 
 def main(path: str, setting: str = "packed") -> None:
+    layout, _, liger = setting.partition("+")
     work = Work.read(path)
-    given: dict[str, Any] = {"max_length": None, "packing": False, "padding_free": setting == "padding_free"}
-    if setting in ("packed", "wide"):
-        work = work.packed(filled=FILLED, wide=setting == "wide")
-        given = {"max_length": work.max_length, "packing": True, "packing_strategy": "bfd"}
-    tokenizer = load_tokenizer(work)
-    config = {"setting": setting, **given}
-    watch = Watch(config, PACKAGES[:5])
+    given, work = sft_arguments(work, layout)
+    attention = "flash_attention_2" if work.cuda and layout != "plain" and is_flash_attn_2_available() else None
+    config = {"setting": setting, **given, "attention": attention or "sdpa"}
+    watch = Watch(config, (*PACKAGES[:5], "liger-kernel") if liger else PACKAGES[:5])
     trainer = SFTTrainer(
-        model=lora_model(work),
-        args=SFTConfig(**arguments(work), **given, dataset_num_proc=1),
+        model=lora_model(work, attention),
+        args=SFTConfig(**arguments(work), **given, use_liger_kernel=bool(liger), dataset_num_proc=1),
         train_dataset=load_rows(work),
-        processing_class=tokenizer,
+        processing_class=load_tokenizer(work),
         callbacks=[watch],
     )
     trainer.train()
+
+
+def sft_arguments(work: Work, layout: str) -> tuple[dict[str, Any], Work]:
+    """What SFTConfig is given for a layout of rows, and the work with rows or packs a pass as it has them."""
+    if layout in ("packed", "wide"):
+        packs = work.packed(filled=FILLED, wide=layout == "wide")
+        return {"max_length": work.max_length, "packing": True, "packing_strategy": "bfd"}, packs
+    sequential = {"train_sampling_strategy": "sequential"}
+    return {"max_length": None, "packing": False, "padding_free": layout == "padding_free", **sequential}, work
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Work:
     """One run: the same for all contestants."""
 
     model: str
-    """Folder with fp32 safetensors, config and tokenizer."""
+    """Folder with safetensors, config and tokenizer."""
     rows: str
     """jsonl of `input_ids` and `labels`, -100 where a token is not trained; in the order of the recipe's steps."""
     shard: str
@@ -38,6 +38,12 @@ class Work:
     lora_alpha: int = 16
     learning_rate: float = 2e-4
     seed: int = 0
+    cuda: bool = False
+    """On the first GPU in bf16; else on the CPU in fp32."""
+    checkpointed: bool = False
+    """Whether activations are computed again in the backward pass."""
+    profile: str | None = None
+    """Where the recipe leaves a trace of some steps."""
     compiled: bool = True
     """Whether the recipe compiles the model's layers."""
     advanced: Mapping[str, Any] = field(default_factory=dict)
@@ -81,9 +87,9 @@ class StepLines:
         self.begin()
 
 
-def say_end(config: Mapping[str, Any]) -> None:
-    """The last line: this process's peak of resident memory, and what it ran with."""
-    _say({"peak_rss_bytes": peak_rss_bytes(), "config": config})
+def say_end(config: Mapping[str, Any], *, device_bytes: int) -> None:
+    """The last line: this process's peak of resident memory, its accelerator's, and what it ran with."""
+    _say({"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": device_bytes, "config": config})
 
 
 def peak_rss_bytes() -> int:
