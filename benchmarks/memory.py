@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 
 from benchmarks import cpu_lora
-from benchmarks.cpu_lora import Run
+from benchmarks.contest import Run
 from benchmarks.peers.environments import smollm2
 from benchmarks.results_file import ROOT, figure, say, write_results
 from trainers.batches import BatchPlan
