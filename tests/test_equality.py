@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 
 from tests import tiny
 from tests.test_lora import tokens
-from trainers import adapter, attention, lora
+from trainers import adapter, attention, lora, native
 from trainers.attention import ROWS, attend, why_not_packed
 from trainers.device import pick_device
 from trainers.lora import Hooks, Outcome, Worker, train
@@ -25,7 +25,7 @@ Gradients = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("model"))
+    return tiny.make_model(tmp_path_factory.mktemp("model"), head_width=16)
 
 
 def moved_model(folder: Path, *options: Any) -> Any:
@@ -133,6 +133,14 @@ def test_passes_of_few_tokens(
 ) -> None:
     monkeypatch.setattr(lora, "PASS_TOKENS", {"cpu": pass_tokens})
     assert difference(of_one_worker(model_folder, rows=16, passes=1, packing="auto"), by_hand) < TOLERANCE
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_without_a_c_compiler(
+    model_folder: Path, by_hand: tuple[float, Gradients], monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    monkeypatch.setattr(native, "why_missing", lambda: "there is no C compiler")
+    assert difference(of_one_worker(model_folder, rows=4, passes=4, packing=packing), by_hand) < TOLERANCE
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])

@@ -32,8 +32,11 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_model(folder: Path, tokenizer: Any = None) -> Path:
-    """Write the model to `folder` with its tokenizer, or another one; the same weights every time."""
+def make_model(folder: Path, tokenizer: Any = None, *, head_width: int = 8) -> Path:
+    """Write the model to `folder` with its tokenizer, or another one; the same weights every time.
+
+    Attention over packed rows on a CPU is our own where 16 divides `head_width`, else torch's.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,6 +48,7 @@ def make_model(folder: Path, tokenizer: Any = None) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_width,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.2,  # wide enough for logits that an adapter can move

@@ -11,6 +11,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from trainers.device import Device
+from trainers.matmul import add_widened, narrow_down, product, sum_over_tokens
 from tunesmith.errors import ModelError
 
 
@@ -90,9 +91,9 @@ def _lora_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [*, in], weight [out, in], a [rank, in], b [out, rank]: x·weightᵀ + bias + scale·x·aᵀ·bᵀ, and x·aᵀ."""
     flat = x.reshape(-1, x.shape[-1])
-    low = flat @ a.to(x.dtype).t()
-    made = torch.nn.functional.linear(flat, weight, bias)
-    made.addmm_(low, b.to(x.dtype).t(), alpha=scale)
+    low = narrow_down(flat, a.to(x.dtype))
+    made = product(flat, weight, bias)
+    add_widened(made, low, b.to(x.dtype).t(), scale)
     return made.view(*x.shape[:-1], -1), low
 
 
@@ -109,16 +110,15 @@ def _lora_linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (empty where it is not wanted), a and b; the frozen weight has none."""
     flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    grad_low = grad @ b.to(x.dtype)
+    grad_low = narrow_down(grad, b.to(x.dtype).t())
     if wants_x:
-        grad_x = grad @ weight
-        grad_x.addmm_(grad_low, a.to(x.dtype), alpha=scale)
+        grad_x = product(grad, weight.t())
+        add_widened(grad_x, grad_low, a.to(x.dtype), scale)
         grad_x = grad_x.view(x.shape)
     else:
         grad_x = x.new_empty(0)
-    grad_a = (grad_low.t() @ flat).to(a.dtype).mul_(scale)
-    # Thin from the left, which is far faster than thin from the right.
-    grad_b = (low.t() @ grad).to(b.dtype).mul_(scale).t().contiguous()
+    grad_a = sum_over_tokens(grad_low, flat).to(a.dtype).mul_(scale)
+    grad_b = sum_over_tokens(low, grad).to(b.dtype).mul_(scale).t().contiguous()
     return grad_x, grad_a, grad_b
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from trainers import native
+
 ROWS = "tunesmith_rows"
-_aten: Any = torch.ops.aten
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """Fewer heads of keys than of queries: torch 2.11 takes them without being told, its successors want to be."""
 
@@ -56,7 +57,7 @@ def attend(
     if dropout or softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < longest):
         raise NotImplementedError("dropout, soft caps, sinks and windows shorter than the rows")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu":
+    if _is_native(query.device.type, query.dtype, query.shape[-1]):
         return _attend_on_cpu(query, key, value, offsets, scale)[0], None
     if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
         return _attend_on_gpu(query, key, value, offsets, longest, scale), None
@@ -64,6 +65,11 @@ def attend(
     rows = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     made = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in rows]
     return torch.cat(made, dim=2).transpose(1, 2), None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_native(device: str, dtype: torch.dtype, width: int) -> bool:
+    return native.fits(width, torch.empty(0, dtype=dtype, device=device))
 
 
 def _attend_on_gpu(
@@ -80,18 +86,7 @@ def _attend_on_gpu(
 def _attend_on_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each row attends to, [1, tokens, heads, d], and the logsumexp of its scores, [1, tokens, heads]."""
-    _, heads, tokens, width = query.shape
-    out = query.new_empty(1, tokens, heads, width)
-    logsumexp = query.new_empty(1, tokens, heads, dtype=torch.float32)
-    k, v = (states.repeat_interleave(heads // key.shape[1], 1) for states in (key, value))
-    for start, end in pairwise(offsets.tolist()):
-        row, seen = _aten._scaled_dot_product_flash_attention_for_cpu(
-            query[:, :, start:end], k[:, :, start:end], v[:, :, start:end], 0.0, True, scale=scale
-        )
-        out[:, start:end] = row.transpose(1, 2)
-        logsumexp[:, start:end] = seen.transpose(1, 2)
-    return out, logsumexp
+    return native.attend(query, key, value, offsets, scale)
 
 
 @torch.library.custom_op("tunesmith::attend_rows_backward", mutates_args=())
@@ -105,33 +100,13 @@ def _backward_on_cpu(
     offsets: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, each shaped like it and laid out by tokens."""
-    _, heads, tokens, width = query.shape
-    kv_heads = key.shape[1]
-    k, v = (states.repeat_interleave(heads // kv_heads, 1) for states in (key, value))
-    made = [query.new_empty(1, tokens, heads, width) for _ in range(3)]
-    for start, end in pairwise(offsets.tolist()):
-        row = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[:, start:end].transpose(1, 2),
-            query[:, :, start:end],
-            k[:, :, start:end],
-            v[:, :, start:end],
-            out[:, start:end].transpose(1, 2),
-            logsumexp[:, start:end].transpose(1, 2),
-            0.0,
-            True,
-            scale=scale,
-        )
-        for place, part in zip(made, row, strict=True):
-            place[:, start:end] = part.transpose(1, 2)
-    grad_key, grad_value = (part.view(1, tokens, kv_heads, -1, width).sum(3).transpose(1, 2) for part in made[1:])
-    return made[0].transpose(1, 2), grad_key, grad_value
+    return native.attend_backward(grad, query, key, value, out, logsumexp, offsets, scale)
 
 
 @_attend_on_cpu.register_fake
 def _(query: torch.Tensor, key: Any, value: Any, offsets: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     _, heads, tokens, width = query.shape
-    return query.new_empty(1, tokens, heads, width), query.new_empty(1, tokens, heads, dtype=torch.float32)
+    return query.new_empty(1, tokens, heads, width), query.new_empty(1, tokens, heads)
 
 
 @_backward_on_cpu.register_fake

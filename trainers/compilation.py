@@ -30,7 +30,7 @@ def why_not_compiled(model: Any, advanced: Mapping[str, Any], device: torch.devi
     if device.type == "cuda" and find_spec("triton") is None:
         return "there is no triton"
     # Rough operations a second of the device; an unknown one is not compiled for.
-    speed = {"cpu": 8e10 * torch.get_num_threads(), "cuda": 2e14}.get(device.type)
+    speed = {"cpu": 1.2e11 * torch.get_num_threads(), "cuda": 2e14}.get(device.type)
     if speed is None:
         return f"it is not tried on {device.type}"
     seconds = 4 * base.num_parameters() * tokens / speed

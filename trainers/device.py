@@ -46,5 +46,5 @@ def keep_freed_memory(device: Device) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
     if mallopt is not None:
         trim_threshold, mmap_max = -1, -4
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)

@@ -1,0 +1,289 @@
+/* Causal attention over packed rows in float32, forward and backward; compiled on the machine that it runs on.
+
+   A row's queries are taken BLOCK at a time against all keys before them, so that the scores of a block stay in the
+   cache. Every product is made of one kernel: a tile of TILE rows and CHUNK columns, held in registers. What belongs to
+   one row and one head of keys is one thread's work, so gradients of keys add up without locks. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+enum { LANES = 16, VECTORS = 4 };
+#elif defined(__AVX2__)
+enum { LANES = 8, VECTORS = 2 };
+#else
+enum { LANES = 4, VECTORS = 2 };
+#endif
+enum { TILE = 6, CHUNK = LANES * VECTORS, BLOCK = 48, PAD = 64 };
+
+typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+/* A matrix that is read: element (row, column) at data[row * down + column * right]. */
+typedef struct {
+    const float *data;
+    int64_t down, right;
+} matrix;
+
+/* c[r][0..vectors) (+)= sum over i of a(r, i) * b[i][0..vectors) for r < rows; both counts are known when compiled. */
+INLINE void tile(const int rows, const int vectors, int64_t depth, matrix a, const float *b, int64_t b_down, float *c,
+                 int64_t c_down, int add) {
+    vector sums[TILE][VECTORS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            sums[r][v] = add ? *(const vector *)(c + r * c_down + v * LANES) : (vector){0};
+    for (int64_t i = 0; i < depth; i++) {
+        vector line[VECTORS];
+        for (int v = 0; v < vectors; v++) line[v] = *(const vector *)(b + i * b_down + v * LANES);
+        for (int r = 0; r < rows; r++) {
+            const float factor = a.data[r * a.down + i * a.right];
+            for (int v = 0; v < vectors; v++) sums[r][v] += factor * line[v];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) *(vector *)(c + r * c_down + v * LANES) = sums[r][v];
+}
+
+INLINE void tile_of(int rows, const int vectors, int64_t depth, matrix a, const float *b, int64_t b_down, float *c,
+                    int64_t c_down, int add) {
+    switch (rows) {
+    case 1: tile(1, vectors, depth, a, b, b_down, c, c_down, add); break;
+    case 2: tile(2, vectors, depth, a, b, b_down, c, c_down, add); break;
+    case 3: tile(3, vectors, depth, a, b, b_down, c, c_down, add); break;
+    case 4: tile(4, vectors, depth, a, b, b_down, c, c_down, add); break;
+    case 5: tile(5, vectors, depth, a, b, b_down, c, c_down, add); break;
+    default: tile(TILE, vectors, depth, a, b, b_down, c, c_down, add);
+    }
+}
+
+/* c (+)= a · b for up to TILE rows and a number of columns that LANES divides. */
+static void product(int rows, int64_t columns, int64_t depth, matrix a, const float *b, int64_t b_down, float *c,
+                    int64_t c_down, int add) {
+    int64_t at = 0;
+    for (; at + CHUNK <= columns; at += CHUNK)
+        tile_of(rows, VECTORS, depth, a, b + at, b_down, c + at, c_down, add);
+    for (; at < columns; at += LANES) tile_of(rows, 1, depth, a, b + at, b_down, c + at, c_down, add);
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t padded(int64_t count) { return (count + PAD - 1) / PAD * PAD; }
+
+/* to [width][padded(length)] = from transposed, zero behind it. */
+static void transpose(const float *from, int64_t down, int64_t length, int64_t width, float *to) {
+    const int64_t wide = padded(length);
+    for (int64_t w = 0; w < width; w++) {
+        for (int64_t i = 0; i < length; i++) to[w * wide + i] = from[i * down + w];
+        for (int64_t i = length; i < wide; i++) to[w * wide + i] = 0;
+    }
+}
+
+/* One of query, key, value, out and their gradients: where a head begins, and where the next token is. */
+typedef struct {
+    float *data;
+    int64_t head, token;
+} states;
+
+static float *place(states s, int64_t head, int64_t token) { return s.data + head * s.head + token * s.token; }
+
+/* scores[i - from][0..to) = left(i) · right for the tokens from..to of a row; those after i are not made or left. */
+static void scores_of(const float *left, int64_t down, const float *right, int64_t wide, int64_t width, int64_t from,
+                      int64_t to, float *scores) {
+    for (int64_t i = from; i < to; i += TILE) {
+        const int64_t end = least(i + TILE, to);
+        product((int)(end - i), least(wide, padded(end)), width, (matrix){left + i * down, down, 1}, right, wide,
+                scores + (i - from) * wide, wide, 0);
+    }
+}
+
+/* out(i) = weights(i) · right for the tokens from..to, by the tokens up to each tile's last; weights are 0 after i. */
+static void mix(const float *weights, int64_t wide, const float *right, int64_t down, int64_t width, int64_t from,
+                int64_t to, float *out, int64_t out_down, int add) {
+    for (int64_t i = from; i < to; i += TILE) {
+        const int64_t end = least(i + TILE, to);
+        product((int)(end - i), width, end, (matrix){weights + (i - from) * wide, wide, 1}, right, down,
+                out + i * out_down, out_down, add);
+    }
+}
+
+/* out(j) += sum over the tokens i in from..to of weights(i, j) * left(i), for every j below to. */
+static void gather(const float *weights, int64_t wide, const float *left, int64_t down, int64_t width, int64_t from,
+                   int64_t to, float *out, int64_t out_down) {
+    for (int64_t j = 0; j < to; j += TILE) {
+        const int64_t first = j > from ? j : from;
+        product((int)(least(j + TILE, to) - j), width, to - first, (matrix){weights + (first - from) * wide + j, 1, wide},
+                left + first * down, down, out + j * out_down, out_down, 1);
+    }
+}
+
+/* exp(x) for x below 88, to 2 units in the last place, in operations that become vectors (Cephes' polynomial). */
+INLINE float exponential(float x) {
+    const float clamped = x < -87 ? -87 : x, power = rintf(clamped * 1.44269504f);
+    const float rest = clamped - power * 0.693359375f + power * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1;
+    const int32_t bits = ((int32_t)power + 127) << 23;
+    float two_to_power;
+    memcpy(&two_to_power, &bits, sizeof bits);
+    return sum * two_to_power;
+}
+
+/* weights[0..count) = exp(scale * weights - shift), 0 from there to the end of the tile; their sum. */
+static float exponentials(float *weights, int64_t count, int64_t end, float scale, float shift) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; j++) {
+        weights[j] = exponential(scale * weights[j] - shift);
+        sum += weights[j];
+    }
+    for (int64_t j = count; j < end; j++) weights[j] = 0;
+    return sum;
+}
+
+static void forward_row(states q, states k, states v, states out, float *logsumexp, int64_t start, int64_t length,
+                        int64_t kv_head, int64_t heads, int64_t group, int64_t width, float scale) {
+    const int64_t wide = padded(length);
+    float *keys = malloc(sizeof(float) * (width + BLOCK) * wide), *scores = keys + width * wide;
+    transpose(place(k, kv_head, start), k.token, length, width, keys);
+    const float *values = place(v, kv_head, start);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        const float *queries = place(q, head, start);
+        float *outs = place(out, head, start);
+        for (int64_t from = 0; from < length; from += BLOCK) {
+            const int64_t to = least(from + BLOCK, length);
+            float shares[BLOCK];
+            scores_of(queries, q.token, keys, wide, width, from, to, scores);
+            for (int64_t i = from; i < to; i++) {
+                float *line = scores + (i - from) * wide, highest = line[0];
+#pragma omp simd reduction(max : highest)
+                for (int64_t j = 1; j <= i; j++) highest = line[j] > highest ? line[j] : highest;
+                const float sum = exponentials(line, i + 1, to, scale, scale * highest);
+                logsumexp[(start + i) * heads + head] = scale * highest + logf(sum);
+                shares[i - from] = 1 / sum;
+            }
+            mix(scores, wide, values, v.token, width, from, to, outs, out.token, 0);
+            for (int64_t i = from; i < to; i++)
+                for (int64_t w = 0; w < width; w++) outs[i * out.token + w] *= shares[i - from];
+        }
+    }
+    free(keys);
+}
+
+static void backward_row(states q, states k, states v, states out, states grad, const float *logsumexp, states grad_q,
+                         states grad_k, states grad_v, int64_t start, int64_t length, int64_t kv_head, int64_t heads,
+                         int64_t group, int64_t width, float scale) {
+    const int64_t wide = padded(length);
+    float *keys = malloc(sizeof(float) * 2 * (width + BLOCK) * wide), *values = keys + width * wide;
+    float *weights = values + width * wide, *grads = weights + BLOCK * wide;
+    transpose(place(k, kv_head, start), k.token, length, width, keys);
+    transpose(place(v, kv_head, start), v.token, length, width, values);
+    float *to_keys = place(grad_k, kv_head, start), *to_values = place(grad_v, kv_head, start);
+    for (int64_t i = 0; i < length; i++) {
+        memset(to_keys + i * grad_k.token, 0, sizeof(float) * width);
+        memset(to_values + i * grad_v.token, 0, sizeof(float) * width);
+    }
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        const float *queries = place(q, head, start), *outs = place(out, head, start), *given = place(grad, head, start);
+        for (int64_t from = 0; from < length; from += BLOCK) {
+            const int64_t to = least(from + BLOCK, length);
+            scores_of(queries, q.token, keys, wide, width, from, to, weights);
+            scores_of(given, grad.token, values, wide, width, from, to, grads);
+            for (int64_t i = from; i < to; i++) {
+                float *weight = weights + (i - from) * wide, *line = grads + (i - from) * wide, along = 0;
+#pragma omp simd reduction(+ : along)
+                for (int64_t w = 0; w < width; w++) along += outs[i * out.token + w] * given[i * grad.token + w];
+                exponentials(weight, i + 1, to, scale, logsumexp[(start + i) * heads + head]);
+#pragma omp simd
+                for (int64_t j = 0; j < to; j++) line[j] = j <= i ? scale * weight[j] * (line[j] - along) : 0;
+            }
+            mix(grads, wide, place(k, kv_head, start), k.token, width, from, to, place(grad_q, head, start),
+                grad_q.token, 0);
+            gather(weights, wide, given, grad.token, width, from, to, to_values, grad_v.token);
+            gather(grads, wide, queries, q.token, width, from, to, to_keys, grad_k.token);
+        }
+    }
+    free(keys);
+}
+
+/* `places` are head and token strides of q, k, v and out; `logsumexp` is [tokens][heads]. LANES divides `width`. */
+void forward(const int64_t *places, float *q, float *k, float *v, float *out, float *logsumexp, const int32_t *offsets,
+             int64_t rows, int64_t heads, int64_t kv_heads, int64_t width, float scale, int threads) {
+    const states all[4] = {{q, places[0], places[1]}, {k, places[2], places[3]}, {v, places[4], places[5]},
+                           {out, places[6], places[7]}};
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < rows * kv_heads; task++) {
+        const int64_t row = task / kv_heads, start = offsets[row];
+        forward_row(all[0], all[1], all[2], all[3], logsumexp, start, offsets[row + 1] - start, task % kv_heads, heads,
+                    heads / kv_heads, width, scale);
+    }
+}
+
+/* As `forward`; `places` go on with grad, grad_q, grad_k and grad_v. */
+void backward(const int64_t *places, float *q, float *k, float *v, float *out, float *logsumexp, float *grad,
+              float *grad_q, float *grad_k, float *grad_v, const int32_t *offsets, int64_t rows, int64_t heads,
+              int64_t kv_heads, int64_t width, float scale, int threads) {
+    float *data[8] = {q, k, v, out, grad, grad_q, grad_k, grad_v};
+    states all[8];
+    for (int s = 0; s < 8; s++) all[s] = (states){data[s], places[2 * s], places[2 * s + 1]};
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < rows * kv_heads; task++) {
+        const int64_t row = task / kv_heads, start = offsets[row];
+        backward_row(all[0], all[1], all[2], all[3], all[4], logsumexp, all[5], all[6], all[7], start,
+                     offsets[row + 1] - start, task % kv_heads, heads, heads / kv_heads, width, scale);
+    }
+}
+
+/* narrow[token][0..ranks) = x[token] · a[0..ranks) for `tokens` tokens; both counts are known when compiled. */
+INLINE void dots(const int tokens, const int ranks, int64_t columns, const float *x, const float *a, float *narrow,
+                 int64_t rank) {
+    vector sums[2][8] = {0};
+    for (int64_t i = 0; i < columns; i += LANES)
+        for (int r = 0; r < ranks; r++)
+            for (int t = 0; t < tokens; t++)
+                sums[t][r] += *(const vector *)(x + t * columns + i) * *(const vector *)(a + r * columns + i);
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < ranks; r++) {
+            float sum = 0;
+            for (int lane = 0; lane < LANES; lane++) sum += sums[t][r][lane];
+            narrow[t * rank + r] = sum;
+        }
+}
+
+/* narrow [tokens][rank] = x [tokens][columns] · a [rank][columns], transposed. LANES divides `columns`. */
+void narrow_down(float *narrow, const float *x, const float *a, int64_t tokens, int64_t rank, int64_t columns,
+                 int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t t = 0; t < tokens; t += 2) {
+        int64_t r = 0;
+        for (; r + 8 <= rank && t + 2 <= tokens; r += 8)
+            dots(2, 8, columns, x + t * columns, a + r * columns, narrow + t * rank + r, rank);
+        for (int64_t one = t; one < least(t + 2, tokens); one++)
+            for (int64_t rest = r; rest < rank; rest++)
+                dots(1, 1, columns, x + one * columns, a + rest * columns, narrow + one * rank + rest, rank);
+    }
+}
+
+/* y [tokens][columns] += narrow [tokens][rank] · wide [rank][columns]. LANES divides `columns`. */
+void add_widened(float *y, const float *narrow, const float *wide, int64_t tokens, int64_t rank, int64_t columns,
+                 int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < tokens; i += TILE)
+        product((int)least(TILE, tokens - i), columns, rank, (matrix){narrow + i * rank, rank, 1}, wide, columns,
+                y + i * columns, columns, 1);
+}
+
+/* out [rank][columns] = narrow [tokens][rank], transposed, · x [tokens][columns]. LANES divides `columns`. */
+void sum_over_tokens(float *out, const float *narrow, const float *x, int64_t tokens, int64_t rank, int64_t columns,
+                     int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t at = 0; at < columns; at += CHUNK)
+        for (int64_t r = 0; r < rank; r += TILE)
+            product((int)least(TILE, rank - r), least(CHUNK, columns - at), tokens, (matrix){narrow + r, 1, rank}, x + at,
+                    columns, out + r * columns + at, columns, 0);
+}
