@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -35,20 +35,36 @@ class S3Server:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One server for the session, with one bucket; its keys are in the environment while it runs."""
-    folder = tmp_path_factory.mktemp("s3")
+    with s3_keys() as env:
+        folder, ports = tmp_path_factory.mktemp("s3"), free_ports(8)
+        with s3_process(folder, ports):
+            yield S3Server(endpoint(ports), env)
+
+
+@contextmanager
+def s3_keys() -> Iterator[dict[str, str]]:
+    """The server's keys, in the environment while the context lasts."""
     env = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "only-for-tests", "AWS_REGION": "us-east-1"}
-    ports = free_ports(8)
-    endpoint = f"http://127.0.0.1:{ports[0]}"
-    with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen(_command(folder, ports), stdout=log, stderr=log, env={**os.environ, **env})
+    with mock.patch.dict(os.environ, env):
+        yield env
+
+
+@contextmanager
+def s3_process(folder: Path, ports: list[int]) -> Iterator[None]:
+    """A server over `folder`, with its bucket; killed at the end. Another may follow it in the same place."""
+    with (folder / "server.log").open("ab") as log:
+        server = subprocess.Popen(_command(folder, ports), stdout=log, stderr=log)
         try:
-            with mock.patch.dict(os.environ, env):
-                _wait_for_bucket(endpoint, server, folder / "server.log")
-                yield S3Server(endpoint, env)
+            _wait_for_bucket(endpoint(ports), server, folder / "server.log")
+            yield
         finally:
-            # SIGTERM takes it 12 s; nothing of it is kept.
+            # SIGTERM takes it 12 s.
             server.kill()
             server.wait()
+
+
+def endpoint(ports: list[int]) -> str:
+    return f"http://127.0.0.1:{ports[0]}"
 
 
 def free_ports(count: int) -> list[int]:
@@ -88,12 +104,13 @@ def _command(folder: Path, ports: list[int]) -> list[str]:
     return [weed, "mini", "-master.telemetry=false", *(f"-{name}={value}" for name, value in options.items())]
 
 
-def _wait_for_bucket(endpoint: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    client = boto3.client("s3", endpoint_url=endpoint, config=Config(retries={"max_attempts": 1}, connect_timeout=2))
+def _wait_for_bucket(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    client = boto3.client("s3", endpoint_url=url, config=Config(retries={"max_attempts": 1}, connect_timeout=2))
     deadline = time.monotonic() + 60
     while True:
         try:
-            client.create_bucket(Bucket=BUCKET)
+            with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+                client.create_bucket(Bucket=BUCKET)
             client.put_object(Bucket=BUCKET, Key="ready", Body=b"")
             return
         except (BotoCoreError, ClientError):

@@ -15,6 +15,7 @@ from trainers import adapter, attention, lora, native
 from trainers.attention import ROWS, attend, why_not_packed
 from trainers.device import pick_device
 from trainers.lora import Hooks, Outcome, Worker, train
+from tunesmith.errors import ModelError
 
 BATCH = 16
 TOLERANCE = 2e-5
@@ -198,6 +199,9 @@ def test_a_model_that_would_leak_is_not_packed(model_folder: Path, by_hand: tupl
     model = moved_model(model_folder, tiny.hyperparameters(), tiny.advanced(), pick_device())
     assert "one row would see another" in (why_not_packed(model, 64) or "")
     assert difference(of_one_worker(model_folder, rows=4, passes=4, packing="auto"), by_hand) < TOLERANCE
+    with pytest.raises(ModelError, match="one row would see another") as caught:
+        of_one_worker(model_folder, rows=4, passes=4, packing="on")
+    assert caught.value.fields == ["advanced.packing"]
 
 
 @pytest.mark.parametrize("unusual", [{"sliding_window": 40}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}])

@@ -246,17 +246,15 @@ def norm(tensors: Mapping[str, torch.Tensor]) -> float:
     [
         ("data_url", "s3://bucket/data", "absent"),
         ("train_url", "s3://bucket/out", "absent"),
-        ("finetuned_model", "s3://bucket/tuned", "absent"),
         ("bits", 4, "absent"),
         ("bits", 8, "absent"),
         ("strategy", "zero1", "auto, ddp"),
         ("strategy", "zero2", "auto, ddp"),
         ("strategy", "zero3", "auto, ddp"),
         ("strategy", "zero3_offload", "auto, ddp"),
-        ("packing", "on", "auto, off"),
     ],
 )
-def test_data_url_train_url_finetuned_model_bits_strategy_packing_are_refused_where_they_cannot_run(
+def test_data_url_train_url_bits_strategy_are_refused_where_they_cannot_run(
     place: Path, name: str, value: Value, allowed: str
 ) -> None:
     with pytest.raises(SpecError) as caught:

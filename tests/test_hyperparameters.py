@@ -151,7 +151,7 @@ def test_a_name_of_the_other_section_is_sent_there() -> None:
 
 
 def test_a_legal_value_that_cannot_run_yet_is_refused_and_not_ignored() -> None:
-    for name, value in (("bits", 4), ("finetuned_model", "s3://b/x"), ("data_url", "s3://b/x")):
+    for name, value in (("bits", 4), ("train_url", "s3://b/x"), ("data_url", "s3://b/x")):
         with pytest.raises(SpecError) as caught:
             resolve({name: value})
         assert caught.value.code == "not_supported"

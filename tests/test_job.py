@@ -126,6 +126,28 @@ def test_an_order_becomes_a_new_model(ready: Running) -> None:
     assert (parameters["max_steps"], parameters["lora_rank"], parameters["num_train_epochs"]) == (150, 8, 10)
 
 
+def test_a_job_goes_on_from_an_earlier_result(ready: Running) -> None:
+    data = {"train_data_file": "train.jsonl", "test_data_file": "held_out.jsonl"}
+    steps = {"max_steps": 30, "lora_rank": 4, **data}
+    first = run(ready, jobs.spec(output_model="first", hyperparameters=steps))
+    path = layout.join(ready.storage.url, layout.asset("model", "first", 1))
+    # Its rank is the earlier one's where none is given.
+    order = jobs.spec(output_model="second", hyperparameters={"max_steps": 30, "finetuned_model": path, **data})
+    second = run(ready, order)
+    resolved = json.loads(ready.storage.get(layout.job_json(second)))["hyperparameters"]
+    assert (resolved["finetuned_model"], resolved["lora_rank"]) == ("first@1", 4)
+    before, *_ = ready.client.evaluations(second).items
+    *_, after = ready.client.evaluations(first).items
+    assert (before.step, after.step) == (0, 30)
+    assert before.loss == pytest.approx(after.loss, abs=1e-4)
+    assert ready.client.evaluations(second).items[-1].loss < before.loss
+    # What it was merged into is a model like any other.
+    third = run(ready, jobs.spec(model="second", output_model="third", hyperparameters={"max_steps": 2, **data}))
+    assert ready.client.evaluations(third).items[0].loss == pytest.approx(
+        ready.client.evaluations(second).items[-1].loss, abs=1e-4
+    )
+
+
 def test_two_workers_train_as_one_does(ready: Running) -> None:
     one = run(ready, jobs.spec(hyperparameters={"per_device_train_batch_size": 8}))
     two = run(ready, jobs.spec(cards=2, hyperparameters={"per_device_train_batch_size": 4}))

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
+from trainers import lora
 from trainers.lora import Hooks, LossError, Outcome, Worker, loss_sum, schedule, train
 from trainers.shards import TokenizedRows
 from trainers.tokenized import tokenize_rows
@@ -44,7 +45,7 @@ def run(
         if "loss" in values:
             losses[step], seen = values["loss"], step
 
-    resume_from = options.pop("resume_from", None)
+    start_from, resume_from = options.pop("start_from", None), options.pop("resume_from", None)
     rows, eval_rows = options.pop("rows", tokens(32)), options.pop("eval_rows", None)
     advanced = tiny.advanced(**options.pop("advanced", {}))
     evaluated = options.pop("evaluated", lambda step, model, loss: None)
@@ -61,6 +62,7 @@ def run(
             evaluated=evaluated,
         ),
         worker=worker,
+        start_from=start_from,
         resume_from=resume_from,
     )
     if worker.rank == 0:
@@ -133,6 +135,23 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(model_folder: Path, tm
     assert sorted(rest) == [4, 5, 6, 7, 8]
     assert first | rest == whole
     assert_close(adapter(tmp_path / "whole"), adapter(tmp_path / "rest"), 0.0)
+
+
+def test_a_run_begins_with_an_earlier_adapter(model_folder: Path, tmp_path: Path) -> None:
+    data = {"eval_rows": tokens(8), "max_steps": 4}
+    (tmp_path / "second").mkdir()
+    _, first = run(model_folder, tmp_path, **data)
+    _, second = run(model_folder, tmp_path / "second", start_from=tmp_path / "adapter", **data)
+    assert first.eval_loss_before != pytest.approx(first.eval_loss, abs=1e-3)
+    assert second.eval_loss_before == pytest.approx(first.eval_loss, abs=1e-6)
+
+
+def test_an_adapter_of_other_modules_or_another_rank_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    run(model_folder, tmp_path, max_steps=1)
+    for other in ({"advanced": {"target_modules": "q_proj,v_proj"}}, {"lora_rank": 8}):
+        with pytest.raises(ModelError, match="not one for these modules") as caught:
+            run(model_folder, tmp_path, start_from=tmp_path / "adapter", **other)
+        assert caught.value.fields[0] == "hyperparameters.finetuned_model"
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(model_folder: Path, tmp_path: Path) -> None:
@@ -249,8 +268,33 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step(model_folder: Path,
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     broken.save_pretrained(tmp_path / "broken")
-    with pytest.raises(LossError, match="step 1 is nan"):
+    with pytest.raises(LossError, match=r"step 1 is not a number.*there is no checkpoint yet"):
         run(tmp_path / "broken", tmp_path)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_run_that_breaks_says_the_step_its_rows_and_the_last_good_checkpoint(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    right, passes = lora._backward, 0
+
+    def breaks_at_the_seventh(model: Any, rows: Any, trained: int) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        loss = right(model, rows, trained)
+        if passes == 7 and what == "gradient":
+            next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = float("inf")
+        return loss * float("nan") if passes == 7 and what == "loss" else loss
+
+    monkeypatch.setattr(lora, "_backward", breaks_at_the_seventh)
+    with pytest.raises(LossError) as caught:
+        # It is not looked at before the tenth step, but for the checkpoint of the eighth.
+        run(model_folder, tmp_path, logging_steps=10, save_steps=4, advanced={"num_train_epochs": 4})
+    rows = lora.BatchPlan(tokens(32).lengths, batch_rows=4, passes=1, world_size=1, seed=0).rows(7)
+    assert "step 7 is not a number" in str(caught.value)
+    assert f"counts them: {', '.join(map(str, sorted(rows)))};" in str(caught.value)
+    assert "the last good checkpoint is that of step 4" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["4"]
 
 
 def test_modules_that_are_not_there_are_refused(model_folder: Path, tmp_path: Path) -> None:

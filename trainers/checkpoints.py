@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 
 import torch
 
+from trainers.fetch import local_copy
 from tunesmith import layout
 from tunesmith.attempts import checkpoints
 from tunesmith.catalog import describe_files
+from tunesmith.errors import ModelError
 from tunesmith.storage import Storage
 
 
@@ -33,10 +34,9 @@ def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, 
 
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put a checkpoint's adapter and moments in place; its state."""
-    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+    load_adapter(folder / "adapter", model)
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         number, _, name = key.partition(".")
@@ -44,6 +44,27 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     return state
+
+
+def load_adapter(folder: Path, model: Any) -> None:
+    """Put the weights of an adapter, in peft's form, in place; ModelError where they are not those of this model's."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    unlike = sorted(
+        name
+        for name in {*own, *weights}
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    )
+    if unlike:
+        raise ModelError(
+            f"the earlier adapter is not one for these modules: {len(unlike)} matrices differ, first {unlike[0]}",
+            fields=["hyperparameters.finetuned_model", "advanced.target_modules"],
+            hint="target_modules must be what it was tuned with",
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def upload_checkpoint(storage: Storage, folder: Path, *, job_id: str, attempt: int, step: int, keep: int) -> None:
@@ -72,10 +93,5 @@ def newest_checkpoint(storage: Storage, job_id: str) -> Iterator[tuple[int, Path
         yield 0, None
         return
     newest = there[-1]
-    local = storage.local_path(newest.key)
-    if local is not None:
-        yield newest.step, local
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        storage.download_folder(newest.key, Path(folder))
-        yield newest.step, Path(folder)
+    with local_copy(storage, newest.key) as folder:
+        yield newest.step, folder

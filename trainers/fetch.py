@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.catalog import Manifest
 from tunesmith.errors import NotFoundError
 from tunesmith.settings import Settings
-from tunesmith.storage import open_storage
+from tunesmith.storage import Storage, open_storage
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,18 @@ class Fetched:
     folder: Path
     """Its files; read only."""
     manifest: Manifest
+
+
+@contextmanager
+def local_copy(storage: Storage, key: str) -> Iterator[Path]:
+    """The folder `key` of `storage` on this machine's disk: where it lies, else a copy for as long as the context."""
+    local = storage.local_path(key)
+    if local is not None:
+        yield local
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        storage.download_folder(key, Path(folder))
+        yield Path(folder)
 
 
 def fetch(url: str, settings: Settings) -> Fetched:

@@ -6,9 +6,10 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tunesmith import layout
+from tunesmith.errors import StorageError
 from tunesmith.segments import SegmentWriter
 from tunesmith.settings import Settings
 from tunesmith.storage import Storage
@@ -28,6 +29,11 @@ class SegmentHandler(logging.Handler):
             self._segments.write(self.format(record).encode(errors="replace") + b"\n")
         except Exception:  # noqa: BLE001 - the logging module's own border: a log line never ends the work
             self.handleError(record)
+
+    def flush(self) -> None:
+        """Store what was logged; where storage does not take it, it is kept and tried again."""
+        with suppress(StorageError):
+            self._segments.flush()
 
 
 @contextmanager

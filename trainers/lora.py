@@ -24,14 +24,14 @@ from torch import nn
 from trainers.adapter import load_model
 from trainers.attention import rows_apart, why_not_packed
 from trainers.batches import BatchPlan
-from trainers.checkpoints import load_checkpoint, save_checkpoint
+from trainers.checkpoints import load_adapter, load_checkpoint, save_checkpoint
 from trainers.compilation import compile_layers, why_not_compiled
 from trainers.cross_entropy import cross_entropy_sum
 from trainers.device import Device, keep_freed_memory, pick_device
 from trainers.passes import Pass, pack, pad
 from trainers.shards import TokenizedRows
 from trainers.trace import traced
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ModelError, TunesmithError
 
 EVAL_BATCH_ROWS = 8
 PASS_TOKENS = {"cpu": 1536}
@@ -40,12 +40,14 @@ PASS_TOKENS = {"cpu": 1536}
 Where the device is not named the passes are those that the user asks for."""
 STOP_STEPS = 10
 """Steps at most from one look at the wish to stop to the next."""
+SHOWN_ROWS = 64
+"""Rows of a step that an error names."""
 
 logger = logging.getLogger(__name__)
 
 
 class LossError(TunesmithError):
-    """The loss is no longer a number."""
+    """The loss, or the norm of its gradient, is no longer a number."""
 
     code = "loss_not_finite"
     reason = "user_error"
@@ -100,6 +102,7 @@ def train(
     advanced: Mapping[str, Any],
     hooks: Hooks,
     worker: Worker = Worker(),
+    start_from: Path | None = None,
     resume_from: Path | None = None,
     compiled: bool | None = None,
     profile: Path | None = None,
@@ -107,13 +110,16 @@ def train(
     """Train an adapter for the model in `model_folder`.
 
     `hyperparameters` and `advanced` are resolved (tunesmith.hyperparameters). The loss of a step is the mean over the
-    trained tokens of its global batch, so the split into rows, passes and workers does not matter. `resume_from` is a
-    checkpoint's folder; steps, rows and dropout are functions of seed and step, so nothing else needs to be kept.
+    trained tokens of its global batch, so the split into rows, passes and workers does not matter. `start_from` is the
+    folder of an adapter that the run begins with, `resume_from` a checkpoint's; steps, rows and dropout are functions
+    of seed and step, so nothing else needs to be kept.
     The model's layers are `compiled` where that pays, unless it is said. `profile` is a file for a trace of some steps.
     """
     h, seed = hyperparameters, int(advanced["seed"])
     device = pick_device(worker.local_rank)
     model = load_model(model_folder, h, advanced, device)
+    if start_from is not None:
+        load_adapter(start_from, model)
     flat = _Flat([p for p in model.parameters() if p.requires_grad])
     fused = device.torch_device.type == "cuda" or None  # None: as torch does by itself
     optimizer = torch.optim.AdamW([flat.values], h["learning_rate"], weight_decay=advanced["weight_decay"], fused=fused)
@@ -132,6 +138,10 @@ def train(
     keep_freed_memory(device)
     model.train()
     unpacked = "packing is off" if advanced["packing"] == "off" else why_not_packed(model, int(rows.lengths.max()))
+    if unpacked and advanced["packing"] == "on":
+        raise ModelError(
+            f"rows cannot be packed: {unpacked}", fields=["advanced.packing"], hint="packing=auto pads them"
+        )
     make_pass = pad if unpacked else pack
     logger.info("rows are %s", f"padded: {unpacked}" if unpacked else "packed")
     if compiled is None:
@@ -172,7 +182,7 @@ def train(
             hooks.save(step, Path(folder))
 
     pass_tokens = PASS_TOKENS.get(device.torch_device.type)
-    step, stopped = state["step"], False
+    step, saved_step, stopped = state["step"], state["step"], False
     since, tokens, samples = time.perf_counter(), 0, 0
     for step in traced(range(first_step, total_steps + 1), profile):
         learning_rate = h["learning_rate"] * schedule(step - 1, total_steps, h["warmup_ratio"], advanced)
@@ -187,7 +197,7 @@ def train(
                 flat.loss += _backward(model, make_pass(rows, share, device.torch_device), max(1, trained))
         flat.stop += float(hooks.should_stop())
         flat.reduce(worker.world_size)
-        grad_norm = flat.clip(h["max_grad_norm"])
+        grad_norm = flat.clip(h["max_grad_norm"], step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
@@ -197,18 +207,16 @@ def train(
         # Asking the device makes the host wait for it.
         if step % min(h["logging_steps"], STOP_STEPS) == 0:
             stopped = bool(flat.stop.item() > 0) and step < total_steps
-        if step % h["logging_steps"] == 0 or step == total_steps or stopped:
-            loss_value = float(flat.loss)
-            if not math.isfinite(loss_value):
-                raise LossError(
-                    f"the loss of step {step} is {loss_value}",
-                    hint="lower learning_rate, or look at the rows of this step",
-                )
+        is_last = step == total_steps or stopped
+        is_reported, is_saved = step % h["logging_steps"] == 0, step % h["save_steps"] == 0
+        if (is_reported or is_saved or is_last) and (broken := flat.broken_step()):
+            raise _not_finite(broken, plan.rows(broken), saved_step)
+        if is_reported or is_last:
             elapsed_s = time.perf_counter() - since
             hooks.report(
                 step,
                 {
-                    "loss": loss_value,
+                    "loss": float(flat.loss),
                     "learning_rate": learning_rate,
                     "grad_norm": float(grad_norm),
                     "tokens_per_s_per_card": tokens / elapsed_s / worker.world_size,
@@ -216,9 +224,10 @@ def train(
                 },
             )
             since, tokens, samples = time.perf_counter(), 0, 0
-        if step % h["save_steps"] == 0 or step == total_steps or stopped:
+        if is_saved or is_last:
             paused = time.perf_counter()
             save(step)
+            saved_step = step
             if step < total_steps and not stopped and evaluate_at(step) is not None:
                 hooks.phase("train", {})
             since += time.perf_counter() - paused
@@ -227,6 +236,15 @@ def train(
 
     eval_after = None if stopped else evaluate_at(step)
     return Outcome(step, total_steps, stopped, eval_before, eval_after, model)
+
+
+def _not_finite(step: int, rows: Sequence[int], saved_step: int) -> LossError:
+    shown = ", ".join(map(str, sorted(rows)[:SHOWN_ROWS])) + (" …" if len(rows) > SHOWN_ROWS else "")
+    saved = f"the last good checkpoint is that of step {saved_step}" if saved_step else "there is no checkpoint yet"
+    return LossError(
+        f"the loss or gradient of step {step} is not a number; its rows, as the audit counts them: {shown}; {saved}",
+        hint="lower learning_rate, or look at these rows",
+    )
 
 
 def schedule(done: int, total: int, warmup_ratio: float, advanced: Mapping[str, Any]) -> float:
@@ -315,6 +333,7 @@ class _Flat:
         self._gradients = self._reduced[:size]
         self.values.grad = self._gradients
         self.loss, self.stop = self._reduced[size], self._reduced[size + 1]
+        self._broken = torch.zeros((), dtype=torch.int64, device=self._reduced.device)
         at = 0
         for parameter in parameters:
             place = slice(at, at + parameter.numel())
@@ -330,8 +349,14 @@ class _Flat:
         if world_size > 1:
             dist.all_reduce(self._reduced)
 
-    def clip(self, max_norm: float) -> torch.Tensor:
-        """Scale down to `max_norm`; the norm before."""
+    def clip(self, max_norm: float, step: int) -> torch.Tensor:
+        """Scale down to `max_norm`; the norm before. Where it or the loss is not a number, `step` is remembered."""
         norm: torch.Tensor = torch.linalg.vector_norm(self._gradients)
+        broke = ((self.loss + norm).isfinite().logical_not() & (self._broken == 0)).long()
+        self._broken += broke * step  # without asking the device
         self._gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def broken_step(self) -> int:
+        """The first step whose loss or gradient was not a number; 0 where there was none. Waits for the device."""
+        return int(self._broken)

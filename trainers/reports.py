@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from ray.train.v2.api.callback import UserCallback
 
+from trainers.uploads import Event
 from tunesmith import layout
 from tunesmith.attempts import EventWriter, MetricLine
 from tunesmith.segments import SegmentWriter
@@ -36,9 +37,9 @@ class Report:
     phase: str | None = None
     """A phase that begins."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """What belongs to the phase or checkpoint, for the event."""
-    message: str | None = None
-    """An event in words."""
+    """What belongs to the phase, for its event."""
+    events: Sequence[Event] = ()
+    """What else is to be said."""
     products: Mapping[str, Any] | None = None
     """At the end: how the run ended, and the files of the new model."""
 
@@ -123,10 +124,12 @@ class ReportWriter:
             self._metrics.write(b"".join(line.model_dump_json().encode() + b"\n" for line in lines))
             self._gauges.set(lines)
         self.last_step = max(self.last_step, first.step)
-        if first.phase is not None or first.message is not None:
+        for event in first.events:
+            self._events.write(event.message, **event.data)
+        if first.phase is not None:
             state = "running" if first.phase == "train" and not self._running else None
             self._running = self._running or state is not None
-            self._events.write(first.message, state=state, phase=first.phase, **first.data)
+            self._events.write(state=state, phase=first.phase, **first.data)
         if first.products is not None:
             self.products = first.products
 

@@ -159,7 +159,10 @@ def _stopped(reason: str, summary: dict[str, Any]) -> Result:
     words = {"time_limit": "its time was up", "stopped_by_user": "it was stopped"}
     where = "before its first step"
     if summary["steps"]:
-        where = f"at step {summary['steps']} of {summary['total_steps']}, with a checkpoint"
+        where = f"at step {summary['steps']} of {summary['total_steps']}, "
+        # None where storage did not take it.
+        saved = summary["checkpoint_step"]
+        where += "without a checkpoint" if saved is None else f"with the checkpoint of step {saved}"
     message = f"{words.get(reason, reason)} {where}"
     return Result(outcome="stopped", reason=reason, message=message, time=utc_text(), summary=summary)
 

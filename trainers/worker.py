@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ import ray.train
 import torch
 from ray.train.v2._internal.execution import context as train_context
 
-from trainers.checkpoints import newest_checkpoint, upload_checkpoint
+from trainers.checkpoints import newest_checkpoint
 from trainers.data import Data, load_data
 from trainers.evaluation import HeldOut, answer, evaluation
-from trainers.fetch import fetch
+from trainers.fetch import fetch, local_copy
 from trainers.logs import log_to_job
 from trainers.lora import Hooks, Worker, train
 from trainers.products import upload_products, write_products
 from trainers.reports import KEY, Report
 from trainers.tokenized import first_examples
-from tunesmith import layout
+from trainers.uploads import Uploads
+from trainers.watchdog import Watchdog
+from tunesmith import adapters, layout
 from tunesmith.clock import utc_text
 from tunesmith.errors import TunesmithError
 from tunesmith.settings import Settings
@@ -35,6 +38,9 @@ from tunesmith.storage import Storage, open_storage
 
 STOP_LOOK_S = 1.0
 """How often the stop object is looked for, seconds."""
+
+HUNG = 87
+"""Exit code of a worker that made no progress."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +72,9 @@ def train_worker(config: dict[str, Task]) -> None:
 
 def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> None:
     job = task.job
-    reports = _Reports(worker)
+    keep = int(job.advanced["save_total_limit"])
+    uploads = Uploads(storage, job_id=job.id, attempt=task.attempt, keep=keep)
+    reports = _Reports(worker, uploads)
     torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
     base, dataset = fetch(job.model_url, settings).folder, fetch(job.dataset_url, settings)
     data = load_data(job, base, dataset, storage, settings)
@@ -77,9 +85,7 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
 
     def save(step: int, folder: Path | None) -> None:
         if folder is not None:
-            keep = int(job.advanced["save_total_limit"])
-            upload_checkpoint(storage, folder, job_id=job.id, attempt=task.attempt, step=step, keep=keep)
-        reports.send(step, message=f"checkpoint of step {step} saved", data={"checkpoint_step": step})
+            uploads.add_checkpoint(step, folder)
 
     def evaluated(step: int, model: Any, loss: float) -> None:
         assert data.eval_rows is not None
@@ -89,18 +95,29 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
             held_out,
             rank=worker.rank,
             world_size=worker.world_size,
-            should_stop=stop.wished,
+            should_stop=should_stop,
         )
         if answers is None:
             reports.send(step)
             return
         made = evaluation(step, len(data.eval_rows), loss, held_out, answers)
         if worker.rank == 0:
-            storage.put(layout.evaluation(job.id, task.attempt, step), made.model_dump_json(indent=2).encode())
+            uploads.add_evaluation(made)
         scores = {f"eval_{name}": value for name, value in made.scores.items()}
         reports.send(step, values={"eval_perplexity": made.perplexity, **scores})
 
-    with newest_checkpoint(storage, job.id) as (_, resume_from), _stop_watch(task, storage) as stop:
+    with (
+        _earlier_adapter(storage, job) as start_from,
+        newest_checkpoint(storage, job.id) as (_, resume_from),
+        _stop_watch(task, storage) as stop,
+        uploads if worker.rank == 0 else nullcontext(),
+        Watchdog(settings.hang_timeout_s, lambda stacks: _end_hung(stacks, settings.hang_timeout_s)) as watchdog,
+    ):
+
+        def should_stop() -> bool:
+            watchdog.beat()
+            return stop.wished()
+
         outcome = train(
             base,
             rows,
@@ -110,11 +127,12 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
             hooks=Hooks(
                 report=reports.metrics,
                 save=save,
-                should_stop=stop.wished,
+                should_stop=should_stop,
                 phase=lambda name, data: reports.send(phase=name, data=data),
                 evaluated=evaluated,
             ),
             worker=worker,
+            start_from=start_from,
             resume_from=resume_from,
         )
     if outcome.stopped and not stop.wished():  # another worker saw it first
@@ -123,6 +141,7 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
         "steps": outcome.steps,
         "total_steps": outcome.total_steps,
         "stopped": outcome.stopped,
+        "checkpoint_step": uploads.stored_step,
         "eval_loss_before": outcome.eval_loss_before,
         "eval_loss": outcome.eval_loss,
         "rows": counts,
@@ -137,22 +156,42 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
     reports.send(outcome.steps, products={"summary": summary, "files": files, "stop_reason": stop.reason})
 
 
+@contextmanager
+def _earlier_adapter(storage: Storage, job: TrainJob) -> Iterator[Path | None]:
+    """The adapter that the job goes on from, on this machine's disk."""
+    ref = job.hyperparameters["finetuned_model"]
+    if ref is None:
+        yield None
+        return
+    with local_copy(storage, adapters.key(str(ref))) as folder:
+        yield folder
+
+
 def _held_out(data: Data, job: TrainJob) -> HeldOut:
     limit = int(job.hyperparameters["max_eval_samples"])
     examples = first_examples(data.eval_files, job.hyperparameters, job.training_type, limit)
     return HeldOut.of(examples, data.tokenizer, job.hyperparameters, job.advanced)
 
 
+def _end_hung(stacks: str, timeout_s: float) -> None:
+    """End this process: Ray sees a lost worker, and the driver starts all again from the newest checkpoint."""
+    logger.error("no progress for %g s, this worker ends; it stood here:\n%s", timeout_s, stacks)
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    os._exit(HUNG)
+
+
 class _Reports:
     """Sends Reports; every worker must send the same number of them, for each is a barrier."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, uploads: Uploads) -> None:
         self._worker = worker
+        self._uploads = uploads
         self._process = psutil.Process()
         self._process.cpu_percent()
 
     def send(self, step: int = 0, **parts: Any) -> None:
-        ray.train.report({KEY: Report(time=utc_text(), step=step, **parts)})
+        ray.train.report({KEY: Report(time=utc_text(), step=step, events=self._uploads.ended(), **parts)})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         if "loss" in values and self._worker.rank == 0:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from tunesmith import layout
+from tunesmith.adapters import find_adapter
 from tunesmith.catalog import Manifest, get_manifest, newest_version
 from tunesmith.columns import find_form
 from tunesmith.errors import DataError, SpecError, nearest
@@ -40,7 +41,12 @@ def draft(
     dataset = get_manifest(storage, "dataset", spec.dataset)
     training_type = _training_type(spec, model)
     known = for_model(GUIDE, model.details, method=spec.method)
-    hyperparameters = resolve(spec.hyperparameters, known, section="hyperparameters")
+    earlier = spec.hyperparameters.get("finetuned_model")
+    adapter = find_adapter(storage, earlier, model) if isinstance(earlier, str) else None
+    hyperparameters = resolve(spec.hyperparameters, known if adapter is None else adapter.as_defaults(known))
+    if adapter is not None:
+        adapter.check(hyperparameters)
+        hyperparameters["finetuned_model"] = adapter.ref
     advanced = resolve(spec.advanced, ADVANCED, section="advanced")
     _check_files(dataset, hyperparameters)
     _check_columns(dataset, hyperparameters, training_type)

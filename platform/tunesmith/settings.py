@@ -59,6 +59,8 @@ class Settings:
     """How long a reconciler's lease lasts without being renewed, seconds."""
     stop_grace_s: float = 60.0
     """Time a stopping job has to save its checkpoint before Ray's own stop follows, seconds."""
+    hang_timeout_s: float = 1800.0
+    """A worker that makes no progress for so long says where it stands and is started again, seconds."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:

@@ -1,0 +1,72 @@
+"""Which earlier results a job may go on from, told at the order."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import stage
+from tunesmith import adapters, catalog
+from tunesmith.errors import SpecError
+from tunesmith.orders import draft
+from tunesmith.spec import TrainJob, TrainSpec
+from tunesmith.storage import FolderStorage
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> FolderStorage:
+    """With the models tiny@1, tiny@2 and, tuned from the first, tuned@1 and whole@1; the last holds no adapter."""
+    storage = FolderStorage(tmp_path / "storage")
+    stage.publish_inputs(storage)
+    tuned = {"task_type": "text-question-answering", "base": "tiny@1", "dataset": "sums@1"}
+    catalog.publish(storage, stage.make_manifest("model", "tiny", 2, task_type="text-question-answering"))
+    catalog.publish(storage, stage.make_manifest("model", "tuned", **tuned, details={"adapter": True}))
+    catalog.publish(storage, stage.make_manifest("model", "whole", **tuned))
+    storage.put(f"{adapters.key('tuned@1')}/adapter_config.json", json.dumps({"r": 4, "lora_alpha": 32}).encode())
+    return storage
+
+
+def order(storage: FolderStorage, finetuned_model: Any, *, model: str = "tiny@1", **given: Any) -> TrainJob:
+    spec = TrainSpec(
+        model=model,
+        dataset="sums",
+        output_model="next",
+        flavor="cpu-small",
+        hyperparameters={"finetuned_model": finetuned_model, **given},
+    )
+    settings = stage.make_settings(storage.root.parent)
+    made = draft(spec, storage=storage, settings=settings, account="a", job_id="job-1", created_at="t")
+    assert isinstance(made, TrainJob)
+    return made
+
+
+@pytest.mark.parametrize("given", ["tuned", "tuned@1", "{root}/models/tuned/1", "{root}/models/tuned/1/files/adapter"])
+def test_rank_and_scale_are_the_adapters(storage: FolderStorage, given: str) -> None:
+    made = order(storage, given.format(root=storage.url)).hyperparameters
+    assert (made["finetuned_model"], made["lora_rank"], made["lora_alpha"]) == ("tuned@1", 4, 32)
+    assert order(storage, "tuned", lora_rank=4).hyperparameters == made
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        ("tuned", {"lora_rank": 8}, "lora_rank must be 4, got 8"),
+        ("tuned", {"lora_alpha": 16}, "lora_alpha must be 32, got 16"),
+        ("tuned", {"model": "tiny@2"}, "tuned@1 is an adapter for tiny@1, not for tiny@2"),
+        ("tuned", {"model": "tuned"}, "tuned@1 is an adapter for tiny@1, not for tuned@1"),
+        ("whole", {}, "whole@1 holds no adapter"),
+        ("tuend", {}, "there is no model 'tuend'"),
+        ("tuned@2", {}, "there is no model 'tuned@2'"),
+        ("s3://elsewhere/models/tuned/1", {}, "finetuned_model must be NAME@VERSION"),
+        ("{root}/../models/tuned/1", {}, "finetuned_model must be NAME@VERSION"),
+        (7, {}, "finetuned_model must be of type str"),
+    ],
+)
+def test_what_does_not_fit_is_refused(storage: FolderStorage, given: Any, options: dict[str, Any], said: str) -> None:
+    given = given.format(root=storage.url) if isinstance(given, str) else given
+    with pytest.raises(SpecError) as caught:
+        order(storage, given, **options)
+    assert said in caught.value.message
+    assert adapters.FIELD in caught.value.fields
+    assert caught.value.hint
