@@ -98,7 +98,7 @@ def _arguments() -> argparse.Namespace:
     cache = Path("~/.cache/tunesmith-benchmarks").expanduser()
     parser.add_argument("--cache", type=Path, default=cache, help="folder of the model")
     # The rest of what `cpu_lora` asks for; batch and length are each cell's.
-    parser.set_defaults(batch_rows=1, passes=1, warmup_steps=0, max_length=2048, advanced=[])
+    parser.set_defaults(batch_rows=1, passes=1, warmup_steps=0, max_length=2048, advanced=[], profile=None)
     return parser.parse_args()
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from trainers import training
 from trainers.adapter import load_model
-from trainers.checkpoints import upload_checkpoint
+from trainers.checkpoints import load_adapter, upload_checkpoint
 from trainers.data import load_data
 from trainers.device import pick_device
 from trainers.fetch import Fetched
@@ -262,6 +262,20 @@ def test_data_url_train_url_bits_strategy_are_refused_where_they_cannot_run(
     assert caught.value.code == "not_supported"
     assert caught.value.message == f"{name} can only be {allowed} in this version, got {value!r}"
     assert getattr(make_job(place), _section(name))[name] == (None if allowed == "absent" else "auto")
+
+
+# What the run begins with
+
+
+def test_finetuned_model_is_the_adapter_that_the_run_begins_with(place: Path, tmp_path: Path) -> None:
+    outcome = base_run(place).outcome
+    assert outcome is not None
+    outcome.model.save_pretrained(tmp_path)
+    model = fresh(place)
+    assert any(float(b.abs().max()) == 0 for name, b in model.named_parameters() if "lora_B" in name)
+    load_adapter(tmp_path, model)
+    tuned = dict(outcome.model.named_parameters())
+    assert all(torch.equal(p, tuned[name]) for name, p in model.named_parameters() if p.requires_grad)
 
 
 # Which rows, and what they say
@@ -699,4 +713,4 @@ def test_every_hyperparameter_has_a_test_of_its_effect() -> None:
     tests = "".join(f"_{name.removeprefix('test_')}_" for name in globals() if name.startswith("test_"))
     for h in (*GUIDE, *ADVANCED):
         assert f"_{h.name}_" in tests
-        assert h.name in OTHERS or h.supported == (None,)
+        assert h.name in (*OTHERS, "finetuned_model") or h.supported == (None,)  # that one needs a platform
