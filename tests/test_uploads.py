@@ -46,13 +46,19 @@ def steps(storage: Storage) -> list[int]:
     return [checkpoint.step for checkpoint in checkpoints(storage, f"job-{os.getpid()}")]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_the_newest_are_stored_whole_and_older_ones_deleted(tmp_path: Path) -> None:
     storage = FolderStorage(tmp_path / "storage")
     with uploads(storage) as beside:
         for step in (10, 20, 30):
             beside.add_checkpoint(step, made(tmp_path, step))
-            while step not in steps(storage):
-                time.sleep(0.01)
+            until(lambda step=step: step in steps(storage))  # type: ignore[misc]
     assert steps(storage) == [20, 30]
     key = layout.checkpoint(f"job-{os.getpid()}", 1, 30)
     assert storage.get(f"{key}/adapter/weights") == b"30" * 1000
@@ -134,17 +140,21 @@ def test_a_server_that_is_killed_for_a_while_costs_no_checkpoint(tmp_path: Path)
             f"s3://{BUCKET}/outage",
             Settings.from_env({"TUNESMITH_S3_ENDPOINT": endpoint(ports), "TUNESMITH_HOME": str(tmp_path)}),
         )
-        with uploads(storage, keep=5) as beside:
+        refused = threading.Event()
+
+        def pause(_: float) -> None:
+            refused.set()
+            time.sleep(0.2)
+
+        with uploads(storage, keep=5, pause=pause) as beside:
             with s3_process(server, ports):
                 beside.add_checkpoint(1, made(tmp_path, 1))
-                while not beside.stored_step:
-                    time.sleep(0.1)
+                until(lambda: beside.stored_step == 1)
             for step in range(2, 6):
                 beside.add_checkpoint(step, made(tmp_path, step))
-                time.sleep(3)
+            assert refused.wait(120)
             with s3_process(server, ports):
-                while beside.stored_step != 5:
-                    time.sleep(0.1)
+                until(lambda: beside.stored_step == 5)
         with s3_process(server, ports):
             assert steps(storage) == [1, 2, 3, 4, 5]
             for step in range(1, 6):
