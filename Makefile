@@ -26,7 +26,7 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 check: lint  ## lint and the fast tests
-	$(BIN)/python -m pytest -q -m 'not ray and not s3 and not gpu and not soak'
+	$(BIN)/python -m pytest -q -m 'not ray and not s3 and not slow and not gpu and not soak'
 
 lint: setup  ## format, lint, types, import layers
 	$(BIN)/ruff format --check .

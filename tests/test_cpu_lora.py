@@ -15,7 +15,7 @@ from tests import tiny
 from trainers import cross_entropy
 from trainers.adapter import LoraLinear, load_model
 from trainers.device import pick_device
-from trainers.lora import loss_sum
+from trainers.loss import loss_sum
 from trainers.passes import Pass
 from trainers.shards import TokenizedRows
 from trainers.tokenized import tokenize_rows

@@ -14,7 +14,9 @@ from tests.test_lora import tokens
 from trainers import adapter, attention, lora, native
 from trainers.attention import ROWS, attend, why_not_packed
 from trainers.device import pick_device
-from trainers.lora import Hooks, Outcome, Worker, train
+from trainers.flat import Flat
+from trainers.lora import Hooks, Outcome, train
+from trainers.strategies import Worker
 from tunesmith.errors import ModelError
 
 BATCH = 16
@@ -144,6 +146,7 @@ def test_without_a_c_compiler(
     assert difference(of_one_worker(model_folder, rows=4, passes=4, packing=packing), by_hand) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["auto", "off"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_number_of_workers(
@@ -166,8 +169,10 @@ def test_compiled_layers(model_folder: Path, by_hand: tuple[float, Gradients]) -
 def test_a_mean_of_means_is_seen(
     model_folder: Path, by_hand: tuple[float, Gradients], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = lora._backward
-    monkeypatch.setattr(lora, "_backward", lambda model, rows, trained: right(model, rows, 4 * len(rows.targets)))
+    right = Flat.backward
+    monkeypatch.setattr(
+        Flat, "backward", lambda self, rows, weight, last: right(self, rows, 1 / (4 * len(rows.targets)), last=last)
+    )
     for packing in ("auto", "off"):
         made = of_one_worker(model_folder, rows=4, passes=4, packing=packing)
         assert difference(made, by_hand) > 100 * TOLERANCE

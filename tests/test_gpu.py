@@ -64,7 +64,9 @@ def rows(count: int) -> TokenizedRows:
 
 
 def test_a_model_in_bf16_may_be_packed(model_folder: Path) -> None:
-    model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(precision="bf16"), pick_device())
+    device = pick_device()
+    model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(precision="bf16"), device)
+    model.to(device.torch_device)
     assert why_not_packed(model, 64) is None
 
 

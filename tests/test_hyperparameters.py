@@ -155,8 +155,6 @@ def test_a_legal_value_that_cannot_run_yet_is_refused_and_not_ignored() -> None:
         with pytest.raises(SpecError) as caught:
             resolve({name: value})
         assert caught.value.code == "not_supported"
-    with pytest.raises(SpecError):
-        resolve({"strategy": "zero3"}, ADVANCED, section="advanced")
 
 
 def test_an_integer_is_a_float_too() -> None:

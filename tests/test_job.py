@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import jobs, tiny
 from tests.ray_fixture import Running
@@ -154,6 +155,20 @@ def test_two_workers_train_as_one_does(ready: Running) -> None:
     assert losses(ready, two) == pytest.approx(losses(ready, one), abs=1e-4)
     assert {line.rank for line in jobs.metrics(ready, two, "memory_rss_bytes")} == {0, 1}
     assert jobs.log(ready, two, "1")
+
+
+def test_workers_that_share_weights_leave_the_same_model(ready: Running) -> None:
+    hyperparameters = {"per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 3}
+    made = []
+    for strategy in ("ddp", "zero3"):
+        job = run(ready, jobs.spec(cards=2, hyperparameters=hyperparameters, advanced={"strategy": strategy}))
+        made.append((job, load_file(model_files(ready, job) / "model.safetensors")))
+        assert f"strategy {strategy}, 2 workers" in jobs.log(ready, job, "0")
+    (one, right), (two, merged) = made
+    assert losses(ready, two) == pytest.approx(losses(ready, one), abs=1e-4)
+    assert ready.client.evaluations(two).items[-1].answers == ready.client.evaluations(one).items[-1].answers
+    for name, weight in right.items():
+        torch.testing.assert_close(merged[name], weight, atol=1e-4, rtol=0)
 
 
 def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_checkpoint(ready: Running) -> None:

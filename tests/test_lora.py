@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from trainers import lora
-from trainers.lora import Hooks, LossError, Outcome, Worker, loss_sum, schedule, train
+from trainers.flat import Flat
+from trainers.lora import Hooks, LossError, Outcome, schedule, train
+from trainers.loss import loss_sum
 from trainers.shards import TokenizedRows
+from trainers.strategies import Worker
 from trainers.tokenized import tokenize_rows
 from tunesmith.errors import ModelError
 
@@ -276,17 +279,18 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step(model_folder: Path,
 def test_a_run_that_breaks_says_the_step_its_rows_and_the_last_good_checkpoint(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    right, passes = lora._backward, 0
+    right, passes = Flat.backward, 0
 
-    def breaks_at_the_seventh(model: Any, rows: Any, trained: int) -> torch.Tensor:
+    def breaks_at_the_seventh(self: Flat, rows: Any, weight: float, *, last: bool) -> None:
         nonlocal passes
         passes += 1
-        loss = right(model, rows, trained)
+        right(self, rows, weight, last=last)
         if passes == 7 and what == "gradient":
-            next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = float("inf")
-        return loss * float("nan") if passes == 7 and what == "loss" else loss
+            self.values.grad[0] = float("inf")
+        if passes == 7 and what == "loss":
+            self.loss *= float("nan")
 
-    monkeypatch.setattr(lora, "_backward", breaks_at_the_seventh)
+    monkeypatch.setattr(Flat, "backward", breaks_at_the_seventh)
     with pytest.raises(LossError) as caught:
         # It is not looked at before the tenth step, but for the checkpoint of the eighth.
         run(model_folder, tmp_path, logging_steps=10, save_steps=4, advanced={"num_train_epochs": 4})

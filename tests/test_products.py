@@ -11,6 +11,7 @@ from trainers.adapter import load_model
 from trainers.checkpoints import newest_checkpoint, upload_checkpoint
 from trainers.device import pick_device
 from trainers.products import merge, upload_products, write_products
+from trainers.strategies import trained_parameters
 from tunesmith import attempts, layout
 from tunesmith.attempts import Result
 from tunesmith.clock import utc_text
@@ -73,7 +74,7 @@ def test_adapter_and_merged_weights_load_in_stock_libraries_and_answer_alike(bas
 
     model = tuned(base)
     ours = logits(model)
-    write_products(model, base, tmp_path / "new", make_job())
+    write_products(model, trained_parameters(model), base, tmp_path / "new", make_job())
     stock = AutoModelForCausalLM.from_pretrained(base)
     assert not torch.allclose(logits(stock), ours, atol=1e-2)
     adapted = PeftModel.from_pretrained(stock, tmp_path / "new" / "adapter").eval()
@@ -87,7 +88,8 @@ def test_adapter_and_merged_weights_load_in_stock_libraries_and_answer_alike(bas
 
 
 def test_without_merge_adapter_the_new_model_holds_the_adapter_alone(base: Path, tmp_path: Path) -> None:
-    write_products(tuned(base), base, tmp_path / "new", make_job(merge_adapter=False))
+    model = tuned(base)
+    write_products(model, trained_parameters(model), base, tmp_path / "new", make_job(merge_adapter=False))
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["README.md", "adapter", "training_logs"]
 
 

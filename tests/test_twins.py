@@ -11,6 +11,8 @@ from tests.test_lora import tokens
 from trainers.lora import Hooks, train
 from trainers.shards import TokenizedRows
 
+pytestmark = pytest.mark.slow
+
 STEPS = 500
 
 

@@ -16,7 +16,7 @@ from tunesmith.errors import ModelError
 
 
 def load_model(folder: Path, h: Mapping[str, Any], advanced: Mapping[str, Any], device: Device) -> Any:
-    """The frozen base with a fresh adapter, the same on every worker for the same seed: a peft model.
+    """The frozen base with a fresh adapter, the same on every worker for the same seed: a peft model, on the CPU.
 
     ModelError where the target modules are not there.
     """
@@ -25,7 +25,7 @@ def load_model(folder: Path, h: Mapping[str, Any], advanced: Mapping[str, Any], 
     half = advanced["precision"] == "bf16" or (advanced["precision"] == "auto" and device.has_bf16)
     dtype = torch.bfloat16 if half else torch.float32
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    return with_adapter(base, h, advanced).to(device.torch_device)
+    return with_adapter(base, h, advanced)
 
 
 def with_adapter(base: Any, h: Mapping[str, Any], advanced: Mapping[str, Any]) -> Any:

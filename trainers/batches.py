@@ -46,11 +46,11 @@ class BatchPlan:
     def packed(self, step: int, rank: int, tokens: int | None) -> list[list[int]]:
         """The forward passes of one worker where rows are packed: workers, and passes, of like numbers of tokens.
 
-        They are of about `tokens` at most, where that takes more passes than are asked for.
+        They are of about `tokens` at most, where that takes more passes than are asked for; as many for every worker.
         """
-        share = self._dealt(self.rows(step), self._world_size)[rank]
-        total = int(self._lengths[share].sum())
-        return self._dealt(share, max(self._passes, 0 if tokens is None else -(-total // tokens)))
+        shares = self._dealt(self.rows(step), self._world_size)
+        most = max(int(self._lengths[share].sum()) for share in shares)
+        return self._dealt(shares[rank], max(self._passes, 0 if tokens is None else -(-most // tokens)))
 
     def _dealt(self, rows: Sequence[int], hands: int) -> list[list[int]]:
         """Each row, longest first, to the hand with the fewest tokens."""

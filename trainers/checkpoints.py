@@ -11,39 +11,36 @@ from typing import Any
 import torch
 
 from trainers.fetch import local_copy
+from trainers.strategies import Snapshot
 from tunesmith import layout
 from tunesmith.attempts import checkpoints
 from tunesmith.catalog import describe_files
 from tunesmith.errors import ModelError
 from tunesmith.storage import Storage
 
+MOMENTS = "optimizer.safetensors"
 
-def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+
+def save_checkpoint(folder: Path, model: Any, snapshot: Snapshot, state: Mapping[str, Any]) -> None:
     """Everything needed to go on: the adapter in peft's form, the optimizer's moments, and the state."""
     from safetensors.torch import save_file
 
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    moments = {
-        f"{number}.{name}": tensor.detach().cpu().contiguous()
-        for number, values in optimizer.state_dict()["state"].items()
-        for name, tensor in values.items()
-    }
-    save_file(moments, folder / "optimizer.safetensors")
+    save_adapter(folder / "adapter", model, snapshot.weights)
+    save_file({name: tensor.contiguous() for name, tensor in snapshot.moments.items()}, folder / MOMENTS)
     (folder / "state.json").write_text(json.dumps(dict(state)))
 
 
-def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint's adapter and moments in place; its state."""
+def load_moments(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The moments of a checkpoint, and its state; its adapter is one for `load_adapter`, in `adapter/`."""
     from safetensors.torch import load_file
 
-    load_adapter(folder / "adapter", model)
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
-        number, _, name = key.partition(".")
-        moments.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    return state
+    return load_file(folder / MOMENTS), state
+
+
+def save_adapter(folder: Path, model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write the model's adapter in peft's form, with `weights` by their names in the model."""
+    model.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
 
 
 def load_adapter(folder: Path, model: Any) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from trainers.formats import Example
 from trainers.rows import Encoder
+from trainers.strategies import shares_base
 from tunesmith.evaluations import Answer, Evaluation
 
 KEPT_ANSWERS = 64
@@ -77,8 +78,17 @@ def answer(
 
     None, for every worker, once `should_stop` has said so to one of them.
     """
-    share = held_out.prompt_ids[rank::world_size]
-    own = generate_answers(model, tokenizer, share, max_new_tokens=held_out.max_new_tokens, should_stop=should_stop)
+    share, together = held_out.prompt_ids[rank::world_size], world_size > 1 and shares_base(model)
+    if together:  # as many batches for each
+        share = [*share, *held_out.prompt_ids[:1]][: -(-len(held_out.prompt_ids) // world_size)]
+    own = generate_answers(
+        model,
+        tokenizer,
+        share,
+        max_new_tokens=held_out.max_new_tokens,
+        should_stop=should_stop,
+        together=together,
+    )
     shares: list[list[str] | None] = [None if should_stop() else own] * world_size
     if world_size > 1:
         dist.all_gather_object(shares, shares[0])
@@ -86,7 +96,7 @@ def answer(
     for number, part in enumerate(shares):
         if part is None:
             return None
-        answers[number::world_size] = part
+        answers[number::world_size] = part[: len(answers[number::world_size])]
     return answers
 
 
@@ -111,13 +121,15 @@ def generate_answers(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_rows: int = BATCH_ROWS,
     should_stop: Callable[[], bool] = lambda: False,
+    together: bool = False,
 ) -> list[str]:
     """The model's greedy answer to each prompt, without special tokens; the model is left as it was.
 
     A prompt is token ids, one at least. A peft model answers with its adapter, inside `model.disable_adapter()`
     as its base. An answer ends at a token of `stop_ids`, or after `max_new_tokens`, at most half the model's
     context length; a prompt that is too long beside it loses its beginning. Once `should_stop`, asked at every token,
-    says so, the answers end where they are, and those to come are empty.
+    says so, the answers end where they are, and those to come are empty. Workers that share the model's weights make
+    theirs `together`, as many batches each.
     """
     # peft's own generate() writes to the model it wraps; the layers of the adapter are at work in the base as well.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -132,13 +144,17 @@ def generate_answers(
 
     with _answering(base, new_tokens, stops) as config:
         for at in range(0, len(order), batch_rows):
-            if should_stop():
+            if should_stop() and not together:
                 break
             share = order[at : at + batch_rows]
             kept = [prompts[row][-int(min(len(prompts[row]), context - new_tokens)) :] for row in share]
             ids, mask = _pad_left(kept, base.device)
             made = base.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[stopping]
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=[stopping],
+                synced_gpus=together,
             )[:, ids.shape[1] :]
             for row, answer in zip(share, made.tolist(), strict=True):
                 end = next((place for place, token in enumerate(answer) if token in stops), len(answer))

@@ -10,7 +10,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812
-from torch import nn
 
 from trainers.adapter import load_model
-from trainers.attention import rows_apart, why_not_packed
+from trainers.attention import why_not_packed
 from trainers.batches import BatchPlan
-from trainers.checkpoints import load_adapter, load_checkpoint, save_checkpoint
+from trainers.checkpoints import load_adapter, load_moments, save_checkpoint
 from trainers.compilation import compile_layers, why_not_compiled
-from trainers.cross_entropy import cross_entropy_sum
 from trainers.device import Device, keep_freed_memory, pick_device
+from trainers.loss import loss_sum
 from trainers.passes import Pass, pack, pad
 from trainers.shards import TokenizedRows
+from trainers.strategies import SHARE_BASE, Strategy, Worker, choose, shares_base, strategy
 from trainers.trace import traced
 from tunesmith.errors import ModelError, TunesmithError
 
@@ -51,15 +49,6 @@ class LossError(TunesmithError):
 
     code = "loss_not_finite"
     reason = "user_error"
-
-
-@dataclass(frozen=True)
-class Worker:
-    """This process among those of the run; above one, torch.distributed is set up already."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,9 @@ class Outcome:
     eval_loss: float | None
     """Mean loss per trained token of the held-out rows, nats; before training and after."""
     model: Any
-    """The base with its tuned adapter, a peft model."""
+    """The base with its tuned adapter, a peft model; under a strategy of `SHARE_BASE` each worker's piece of it."""
+    weights: Mapping[str, torch.Tensor]
+    """The adapter, whole, on the CPU in float32, by the names in the model."""
 
 
 def train(
@@ -118,11 +109,15 @@ def train(
     h, seed = hyperparameters, int(advanced["seed"])
     device = pick_device(worker.local_rank)
     model = load_model(model_folder, h, advanced, device)
+    state: dict[str, Any] = {"step": 0}
+    moments: Mapping[str, torch.Tensor] = {}
+    if resume_from is not None:
+        moments, state = load_moments(resume_from)
+        start_from = resume_from / "adapter"
     if start_from is not None:
         load_adapter(start_from, model)
-    flat = _Flat([p for p in model.parameters() if p.requires_grad])
-    fused = device.torch_device.type == "cuda" or None  # None: as torch does by itself
-    optimizer = torch.optim.AdamW([flat.values], h["learning_rate"], weight_decay=advanced["weight_decay"], fused=fused)
+    strategy_name = choose(advanced["strategy"], model, worker, device)
+    logger.info("strategy %s, %d workers", strategy_name, worker.world_size)
 
     plan = BatchPlan(
         rows.lengths,
@@ -136,24 +131,35 @@ def train(
         total_steps = min(total_steps, h["max_steps"])
 
     keep_freed_memory(device)
-    model.train()
+    model.eval()  # where dropout is at work, no two passes are alike
     unpacked = "packing is off" if advanced["packing"] == "off" else why_not_packed(model, int(rows.lengths.max()))
+    model.train()
     if unpacked and advanced["packing"] == "on":
         raise ModelError(
             f"rows cannot be packed: {unpacked}", fields=["advanced.packing"], hint="packing=auto pads them"
         )
     make_pass = pad if unpacked else pack
     logger.info("rows are %s", f"padded: {unpacked}" if unpacked else "packed")
+    in_pieces = strategy_name in SHARE_BASE
+    if not in_pieces:
+        model.to(device.torch_device)
     if compiled is None:
         tokens = int(rows.lengths.sum()) * total_steps // plan.steps_per_epoch // worker.world_size
-        uncompiled = why_not_compiled(model, advanced, device.torch_device, tokens)
+        uncompiled = (
+            "the workers share its weights"
+            if in_pieces
+            else why_not_compiled(model, advanced, device.torch_device, tokens)
+        )
         logger.info("layers are %s", f"not compiled: {uncompiled}" if uncompiled else "compiled")
         compiled = uncompiled is None
     if compiled:
         first = make_pass(rows, plan.rows(1)[:2], device.torch_device)
-        compile_layers(model, lambda: _backward(model, first, 1))
+        compile_layers(model, lambda: loss_sum(model, first).backward())  # type: ignore[no-untyped-call]
+        model.zero_grad()
+    shared = strategy(strategy_name, model, h, advanced, worker, device)
+    if moments:
+        shared.restore(moments)
 
-    state = load_checkpoint(resume_from, model, optimizer) if resume_from is not None else {"step": 0}
     first_step = state["step"] + 1
     eval_before = state.get("eval_loss_before")
 
@@ -162,7 +168,7 @@ def train(
             return None
         hooks.phase("evaluate", {})
         with torch.compiler.set_stance("force_eager"):
-            loss = evaluate(model, eval_rows, device, worker, hooks.should_stop, make_pass)
+            loss = evaluate(shared, model, eval_rows, device, worker, hooks.should_stop, make_pass)
             if loss is None:
                 return None
             hooks.report(step, {"eval_loss": loss})
@@ -174,11 +180,12 @@ def train(
     hooks.phase("train", {"total_steps": total_steps, "first_step": first_step})
 
     def save(step: int) -> None:
+        snapshot = shared.snapshot()
         if worker.rank > 0:
             hooks.save(step, None)
             return
         with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(Path(folder), model, optimizer, {"step": step, "eval_loss_before": eval_before})
+            save_checkpoint(Path(folder), model, snapshot, {"step": step, "eval_loss_before": eval_before})
             hooks.save(step, Path(folder))
 
     pass_tokens = PASS_TOKENS.get(device.torch_device.type)
@@ -189,34 +196,32 @@ def train(
         batch = plan.rows(step)
         trained = sum(int(rows.trained(row)[1:].sum()) for row in batch)
         passes = plan.padded(step, worker.rank) if unpacked else plan.packed(step, worker.rank, pass_tokens)
-        flat.clear()
+        if not shared.in_step:
+            passes = [share for share in passes if share] or passes[:1]
         for number, share in enumerate(passes):
-            if share:
-                if h["lora_dropout"] > 0:
-                    torch.manual_seed(hash((seed, step, worker.rank, number)) & 0x7FFFFFFF)
-                flat.loss += _backward(model, make_pass(rows, share, device.torch_device), max(1, trained))
-        flat.stop += float(hooks.should_stop())
-        flat.reduce(worker.world_size)
-        grad_norm = flat.clip(h["max_grad_norm"], step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
+            if h["lora_dropout"] > 0:
+                torch.manual_seed(hash((seed, step, worker.rank, number)) & 0x7FFFFFFF)
+            # Without rows of its own, a worker goes along with one that counts nothing.
+            given = make_pass(rows, share or batch[-1:], device.torch_device)
+            weight = 1 / max(1, trained) if share else 0.0
+            shared.backward(given, weight, last=number == len(passes) - 1)
+        grad_norm = shared.step(step, learning_rate, wishes_stop=hooks.should_stop())
 
         tokens += int(rows.lengths[batch].sum())
         samples += len(batch)
         # Asking the device makes the host wait for it.
         if step % min(h["logging_steps"], STOP_STEPS) == 0:
-            stopped = bool(flat.stop.item() > 0) and step < total_steps
+            stopped = bool(shared.stop.item() > 0) and step < total_steps
         is_last = step == total_steps or stopped
         is_reported, is_saved = step % h["logging_steps"] == 0, step % h["save_steps"] == 0
-        if (is_reported or is_saved or is_last) and (broken := flat.broken_step()):
+        if (is_reported or is_saved or is_last) and (broken := shared.broken_step()):
             raise _not_finite(broken, plan.rows(broken), saved_step)
         if is_reported or is_last:
             elapsed_s = time.perf_counter() - since
             hooks.report(
                 step,
                 {
-                    "loss": float(flat.loss),
+                    "loss": float(shared.loss),
                     "learning_rate": learning_rate,
                     "grad_norm": float(grad_norm),
                     "tokens_per_s_per_card": tokens / elapsed_s / worker.world_size,
@@ -235,7 +240,7 @@ def train(
             break
 
     eval_after = None if stopped else evaluate_at(step)
-    return Outcome(step, total_steps, stopped, eval_before, eval_after, model)
+    return Outcome(step, total_steps, stopped, eval_before, eval_after, model, shared.snapshot().weights)
 
 
 def _not_finite(step: int, rows: Sequence[int], saved_step: int) -> LossError:
@@ -257,35 +262,9 @@ def schedule(done: int, total: int, warmup_ratio: float, advanced: Mapping[str, 
     return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left)))}[kind]
 
 
-def loss_sum(model: Any, rows: Pass) -> torch.Tensor:
-    """Summed cross-entropy of the trained tokens, nats; logits are made at their places only.
-
-    Padding stands at the right and attention is causal, so no token ever sees it and no attention mask is needed.
-    """
-    base = model.get_base_model()
-    packed = {"offsets": rows.offsets, "longest": rows.longest} if rows.offsets is not None else {}
-    with nullcontext() if rows.offsets is None else rows_apart(base):
-        if has_plain_head(base):
-            hidden = base.base_model(input_ids=rows.ids, position_ids=rows.positions, use_cache=False, **packed)
-            wanted = hidden.last_hidden_state.flatten(0, 1).index_select(0, rows.places)
-            return cross_entropy_sum(wanted, base.get_output_embeddings().weight, rows.targets)
-        logits = base(input_ids=rows.ids, position_ids=rows.positions, use_cache=False, **packed).logits
-        wanted = logits.flatten(0, 1).index_select(0, rows.places)
-    loss: torch.Tensor = F.cross_entropy(wanted.float(), rows.targets, reduction="sum")
-    return loss
-
-
-def _backward(model: Any, rows: Pass, trained: int) -> torch.Tensor:
-    """Add the gradients of the pass's share in the mean loss over `trained` tokens; that share."""
-    # Where activations are checkpointed, layers run once more in the backward pass.
-    with nullcontext() if rows.offsets is None else rows_apart(model.get_base_model()):
-        loss = loss_sum(model, rows) / trained
-        loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
-
-
 @torch.no_grad()
 def evaluate(
+    shared: Strategy,
     model: Any,
     rows: TokenizedRows,
     device: Device,
@@ -294,69 +273,23 @@ def evaluate(
     make_pass: Callable[[TokenizedRows, Sequence[int], torch.device], Pass],
 ) -> float | None:
     """Mean loss per trained token of `rows`, nats, shared among the workers; None where one of them is to stop."""
-    was_training = model.training
+    was_training, in_step = model.training, shares_base(model)
     model.eval()
     order = np.argsort(-rows.lengths, kind="stable").tolist()
     total = torch.zeros(3, dtype=torch.float64, device="cpu" if device.backend == "gloo" else device.torch_device)
-    for at in range(worker.rank * EVAL_BATCH_ROWS, len(order), worker.world_size * EVAL_BATCH_ROWS):
-        if should_stop():
-            total[2] = 1
+    for at in range(0, len(order), worker.world_size * EVAL_BATCH_ROWS):
+        total[2] += should_stop()
+        if total[2] > 0 and not in_step:
             break
-        share = make_pass(rows, order[at : at + EVAL_BATCH_ROWS], device.torch_device)
-        total[0] += loss_sum(model, share)
-        total[1] += len(share.targets)
+        mine = at + worker.rank * EVAL_BATCH_ROWS
+        share = order[mine : mine + EVAL_BATCH_ROWS]
+        if share or in_step:
+            given = make_pass(rows, share or order[-1:], device.torch_device)
+            loss = shared.loss_sum(given)
+            if share:
+                total[0] += loss
+                total[1] += len(given.targets)
     if worker.world_size > 1:
         dist.all_reduce(total)
     model.train(was_training)
     return None if total[2] > 0 else float(total[0] / total[1].clamp(min=1))
-
-
-def has_plain_head(base: Any) -> bool:
-    """Whether logits are the product of a frozen matrix with the last hidden state and nothing more."""
-    head = base.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return False
-    scaled = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
-    return all(getattr(base.config, name, None) in (None, 1, 1.0) for name in scaled)
-
-
-class _Flat:
-    """All trained parameters in one tensor, and all gradients in another: one optimizer step, one all-reduce.
-
-    With the gradients go the step's loss and the wish to stop.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        size = sum(p.numel() for p in parameters)
-        self.values = nn.Parameter(torch.cat([p.detach().flatten().float() for p in parameters]))
-        self._reduced = torch.zeros(size + 2, dtype=torch.float32, device=parameters[0].device)
-        self._gradients = self._reduced[:size]
-        self.values.grad = self._gradients
-        self.loss, self.stop = self._reduced[size], self._reduced[size + 1]
-        self._broken = torch.zeros((), dtype=torch.int64, device=self._reduced.device)
-        at = 0
-        for parameter in parameters:
-            place = slice(at, at + parameter.numel())
-            parameter.data = self.values.data[place].view_as(parameter)
-            parameter.grad = self._gradients[place].view_as(parameter)
-            at += parameter.numel()
-
-    def clear(self) -> None:
-        self._reduced.zero_()
-
-    def reduce(self, world_size: int) -> None:
-        """Sum over the workers; each one's loss is its share of the global mean already."""
-        if world_size > 1:
-            dist.all_reduce(self._reduced)
-
-    def clip(self, max_norm: float, step: int) -> torch.Tensor:
-        """Scale down to `max_norm`; the norm before. Where it or the loss is not a number, `step` is remembered."""
-        norm: torch.Tensor = torch.linalg.vector_norm(self._gradients)
-        broke = ((self.loss + norm).isfinite().logical_not() & (self._broken == 0)).long()
-        self._broken += broke * step  # without asking the device
-        self._gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
-    def broken_step(self) -> int:
-        """The first step whose loss or gradient was not a number; 0 where there was none. Waits for the device."""
-        return int(self._broken)

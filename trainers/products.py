@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainers.adapter import load_model
+from trainers.checkpoints import load_adapter, save_adapter
+from trainers.device import Device, pick_device
+from trainers.strategies import shares_base, trained_parameters
 from tunesmith import layout
 from tunesmith.catalog import File, describe_files
 from tunesmith.errors import LeaseLostError, ModelError
@@ -24,15 +29,19 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 logger = logging.getLogger(__name__)
 
 
-def write_products(model: Any, base_folder: Path, folder: Path, job: TrainJob) -> None:
+def write_products(
+    model: Any, weights: Mapping[str, torch.Tensor], base_folder: Path, folder: Path, job: TrainJob
+) -> None:
     """Write the new model's files (contracts.md, section 5) to `folder`.
 
-    `model` is the tuned peft model; merging takes it apart. ModelError where merged and unmerged logits differ.
+    `model` is the tuned peft model, whose adapter's `weights` are given by their names in it; merging takes it apart.
+    ModelError where merged and unmerged logits differ.
     """
     model.peft_config["default"].base_model_name_or_path = job.model
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    save_adapter(folder / "adapter", model, weights)
     if job.advanced["merge_adapter"]:
-        merge(model).save_pretrained(folder)
+        whole = model if _is_whole(model) else load_tuned(base_folder, folder / "adapter", job)
+        merge(whole).save_pretrained(folder)
         for path in base_folder.iterdir():
             if path.is_file() and not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
@@ -41,6 +50,19 @@ def write_products(model: Any, base_folder: Path, folder: Path, job: TrainJob) -
     parameters = folder / "training_logs" / "user_params.json"
     parameters.parent.mkdir()
     parameters.write_text(json.dumps(user_parameters(job), indent=2, ensure_ascii=False))
+
+
+def load_tuned(base_folder: Path, adapter_folder: Path, job: TrainJob) -> Any:
+    """The base as it lies on the disk with the job's adapter, a peft model on the CPU."""
+    cpu = Device(torch.device("cpu"), "gloo", has_bf16=pick_device().has_bf16)
+    model = load_model(base_folder, job.hyperparameters, job.advanced, cpu)
+    load_adapter(adapter_folder, model)
+    return model
+
+
+def _is_whole(model: Any) -> bool:
+    """Whether the model's weights are all there, its adapter as exact as it was trained."""
+    return not shares_base(model) and all(p.dtype == torch.float32 for p in trained_parameters(model).values())
 
 
 def user_parameters(job: TrainJob) -> dict[str, Any]:

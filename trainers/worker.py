@@ -23,9 +23,10 @@ from trainers.data import Data, load_data
 from trainers.evaluation import HeldOut, answer, evaluation
 from trainers.fetch import fetch, local_copy
 from trainers.logs import log_to_job
-from trainers.lora import Hooks, Worker, train
+from trainers.lora import Hooks, train
 from trainers.products import upload_products, write_products
 from trainers.reports import KEY, Report
+from trainers.strategies import Worker
 from trainers.tokenized import first_examples
 from trainers.uploads import Uploads
 from trainers.watchdog import Watchdog
@@ -151,7 +152,7 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
         reports.send(outcome.steps, phase="save")
         if worker.rank == 0:
             with tempfile.TemporaryDirectory() as name:
-                write_products(outcome.model, base, Path(name), job)
+                write_products(outcome.model, outcome.weights, base, Path(name), job)
                 files = [file.model_dump() for file in upload_products(storage, Path(name), job, task.attempt)]
     reports.send(outcome.steps, products={"summary": summary, "files": files, "stop_reason": stop.reason})
 
