@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainers.adapter import load_model
+from trainers.checkpoints import load_adapter
+from trainers.device import pick_device
 from tunesmith import layout
 from tunesmith.catalog import File, describe_files
 from tunesmith.errors import LeaseLostError, ModelError
@@ -27,11 +31,14 @@ logger = logging.getLogger(__name__)
 def write_products(model: Any, base_folder: Path, folder: Path, job: TrainJob) -> None:
     """Write the new model's files (contracts.md, section 5) to `folder`.
 
-    `model` is the tuned peft model; merging takes it apart. ModelError where merged and unmerged logits differ.
+    `model` is the tuned peft model; merging takes it apart, or, where its base is quantized, a model of the base in
+    full precision. ModelError where merged and unmerged logits differ.
     """
     model.peft_config["default"].base_model_name_or_path = job.model
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     if job.advanced["merge_adapter"]:
+        if job.hyperparameters["bits"] is not None:
+            model = in_full(base_folder, folder / "adapter", job)
         merge(model).save_pretrained(folder)
         for path in base_folder.iterdir():
             if path.is_file() and not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():
@@ -48,6 +55,15 @@ def user_parameters(job: TrainJob) -> dict[str, Any]:
     filled = {"data_url": job.dataset_url, "train_url": job.output_url}
     given = {name: value for name, value in job.hyperparameters.items() if value is not None}
     return {**job.hyperparameters, **filled, **given, **job.advanced}
+
+
+def in_full(base_folder: Path, adapter: Path, job: TrainJob) -> Any:
+    """The base in full precision with the adapter, on the CPU: the accelerator may have no room for it."""
+    device = pick_device()
+    h = {**job.hyperparameters, "bits": None}
+    model = load_model(base_folder, h, job.advanced, replace(device, torch_device=torch.device("cpu")))
+    load_adapter(adapter, model)
+    return model
 
 
 @torch.no_grad()
