@@ -50,6 +50,11 @@ def load_quantized(folder: Path, bits: int, dtype: torch.dtype, device: Device) 
         raise ModelError(f"bits={bits}: the model has no linear layers to quantize", fields=["hyperparameters.bits"])
     for name, module in packed.items():
         base.set_submodule(name, _own_layer(module))
+    # What stayed in full may be a view into the file, which would stay mapped whole.
+    for module in base.modules():
+        if not isinstance(module, QuantizedLinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
     base.hf_quantizer.remove_quantization_config(base)
     base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # peft and transformers would look for their layers
     return base
