@@ -87,19 +87,25 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser = recipe_arguments("python -m benchmarks.memory", __doc__)
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
+    # The rest of what `cpu_lora` asks for; batch and length are each cell's.
+    parser.set_defaults(batch_rows=1, passes=1, warmup_steps=0, max_length=2048, advanced=[], profile=None)
+    return parser.parse_args()
+
+
+def recipe_arguments(program: str, description: str | None) -> argparse.ArgumentParser:
+    """What a benchmark of the recipe over a file's rows asks for in any case."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--rows", type=Path, required=True, help="a jsonl file")
     parser.add_argument("--prompt-field", default="prompt")
     parser.add_argument("--response-field", default="response")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
     parser.add_argument("--limit", type=int, default=1024, help="rows of the file to take")
     cache = Path("~/.cache/tunesmith-benchmarks").expanduser()
     parser.add_argument("--cache", type=Path, default=cache, help="folder of the model")
-    # The rest of what `cpu_lora` asks for; batch and length are each cell's.
-    parser.set_defaults(batch_rows=1, passes=1, warmup_steps=0, max_length=2048, advanced=[], profile=None)
-    return parser.parse_args()
+    return parser
 
 
 def _rounds(

@@ -1,9 +1,10 @@
 """What only a GPU can show of the recipe: its attention, its compiled layers, and a host that never waits.
 
-`make gpu`; or, where there are only torch, transformers, peft, pyarrow, pydantic, jinja2 and pytest,
-`python -m pytest --noconftest -m gpu tests/test_gpu.py`.
+`make gpu`; or, where there are only torch, transformers, peft, accelerate, bitsandbytes, pyarrow, pydantic, jinja2 and
+pytest, `python -m pytest --noconftest -m gpu tests/test_gpu.py`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trainers.adapter import load_model
 from trainers.attention import why_not_packed
 from trainers.device import pick_device
 from trainers.lora import Hooks, Outcome, train
+from trainers.quantization import QuantizedLinear, unpacked
 from trainers.shards import TokenizedRows
 from trainers.tokenized import tokenize_rows
 
@@ -81,6 +83,38 @@ def test_compiled_layers_have_the_losses_of_others(model_folder: Path, caplog: p
     compiled, _ = run(model_folder, compiled=True)
     assert "could not be compiled" not in caplog.text
     assert compiled == pytest.approx(plain, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_trains_in_bf16_packed_padded_and_compiled_alike(
+    model_folder: Path, bits: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"hyperparameters": {"bits": bits}}
+    full, _ = run(model_folder)
+    packed, outcome = run(model_folder, **given)
+    padded, _ = run(model_folder, **given, advanced={"packing": "off"})
+    compiled, _ = run(model_folder, **given, compiled=True)
+    assert "could not be compiled" not in caplog.text
+    assert packed == pytest.approx(padded, rel=ROUNDING)
+    assert compiled == pytest.approx(packed, rel=ROUNDING)
+    assert packed[0] == pytest.approx(full[0], rel={4: 0.15, 8: 0.02}[bits])
+    frozen = {p.dtype for p in outcome.model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16, torch.float32, {4: torch.uint8, 8: torch.int8}[bits]}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_weight_is_unpacked_on_the_gpu_as_on_the_cpu(model_folder: Path, bits: int) -> None:
+    given = tiny.hyperparameters(bits=bits), tiny.advanced(precision="fp32")
+    device = pick_device()
+    layers = [
+        [module for module in load_model(model_folder, *given, place).modules() if isinstance(module, QuantizedLinear)]
+        for place in (device, replace(device, torch_device=torch.device("cpu")))
+    ]
+    for ours, theirs in zip(*layers, strict=True):
+        shape = (ours.out_features, ours.in_features)
+        weights = [unpacked(layer.weight, layer.scales, shape, torch.float32).cpu() for layer in (ours, theirs)]
+        # A few lie at the border of two values.
+        assert float((weights[0] - weights[1]).abs().gt(1e-5).float().mean()) < 1e-3
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -248,11 +248,9 @@ def norm(tensors: Mapping[str, torch.Tensor]) -> float:
     [
         ("data_url", "s3://bucket/data", "absent"),
         ("train_url", "s3://bucket/out", "absent"),
-        ("bits", 4, "absent"),
-        ("bits", 8, "absent"),
     ],
 )
-def test_data_url_train_url_bits_are_refused_where_they_cannot_run(
+def test_data_url_train_url_are_refused_where_they_cannot_run(
     place: Path, name: str, value: Value, allowed: str
 ) -> None:
     with pytest.raises(SpecError) as caught:
@@ -598,6 +596,20 @@ def test_precision_is_the_number_format_of_the_frozen_weights_alone(
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_bits_quantize_the_frozen_linear_weights_alone(place: Path) -> None:
+    sizes, losses = {}, {}
+    for bits in (None, 8, 4):
+        model = fresh(place, bits=bits)
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        sizes[bits] = sum(p.numel() * p.element_size() for p in frozen)
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+        losses[bits] = run(place, bits=bits, max_steps=1).losses[1]
+    assert sizes[4] < sizes[8] < sizes[None]
+    assert losses[8] == pytest.approx(losses[None], rel=0.01)
+    assert losses[4] == pytest.approx(losses[None], rel=0.15)
+    assert len(set(losses.values())) == 3
+
+
 def test_gradient_checkpointing_keeps_less_for_the_backward_pass_and_changes_no_figure(place: Path) -> None:
     base, made = base_run(place), run(place, gradient_checkpointing=True)
     assert made.losses == pytest.approx(base.losses, abs=1e-5)
@@ -666,6 +678,7 @@ OTHERS: dict[str, Value] = {
     "max_grad_norm": 1e-3,
     "warmup_ratio": 0.5,
     "max_seq_length": 16,
+    "bits": 4,
     "max_eval_samples": 2,
     "num_train_epochs": 2,
     "seed": 1,

@@ -85,7 +85,7 @@ def test_the_apis_schema_is_made_from_the_definition() -> None:
     rank = properties["hyperparameters"]["properties"]["lora_rank"]
     assert (rank["type"], rank["default"], rank["minimum"], rank["maximum"]) == ("integer", 8, 1, 256)
     assert "rank of the adapter" in rank["description"] and "LoRA" in rank["x-description-zh"]
-    assert properties["hyperparameters"]["properties"]["bits"]["enum"] == [None]
+    assert properties["hyperparameters"]["properties"]["bits"]["enum"] == [4, 8, None]
     assert properties["advanced"]["properties"]["lr_scheduler_type"]["enum"] == ["linear", "cosine", "constant"]
 
 
@@ -151,7 +151,7 @@ def test_a_name_of_the_other_section_is_sent_there() -> None:
 
 
 def test_a_legal_value_that_cannot_run_yet_is_refused_and_not_ignored() -> None:
-    for name, value in (("bits", 4), ("train_url", "s3://b/x"), ("data_url", "s3://b/x")):
+    for name, value in (("train_url", "s3://b/x"), ("data_url", "s3://b/x")):
         with pytest.raises(SpecError) as caught:
             resolve({name: value})
         assert caught.value.code == "not_supported"

@@ -149,6 +149,22 @@ def test_a_job_goes_on_from_an_earlier_result(ready: Running) -> None:
     )
 
 
+def test_a_job_over_a_quantized_base_publishes_the_full_base_with_its_adapter(ready: Running) -> None:
+    from transformers import AutoModelForCausalLM
+
+    job_id = run(ready, jobs.spec(hyperparameters={"max_steps": 4, "bits": 4}, output_model="tuned-4"))
+    by_step = losses(ready, job_id)
+    full = losses(ready, run(ready, jobs.spec(hyperparameters={"max_steps": 1}, output_model="tuned-full")))
+    assert sorted(by_step) == [1, 2, 3, 4]
+    assert by_step[1] == pytest.approx(full[1], rel=0.15)
+    assert by_step[1] != pytest.approx(full[1], rel=1e-5)
+    assert [made.step for made in ready.client.evaluations(job_id).items] == [0, 4]
+    folder = model_files(ready, job_id)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+
+
 def test_two_workers_train_as_one_does(ready: Running) -> None:
     one = run(ready, jobs.spec(hyperparameters={"per_device_train_batch_size": 8}))
     two = run(ready, jobs.spec(cards=2, hyperparameters={"per_device_train_batch_size": 4}))

@@ -179,6 +179,17 @@ def test_in_bf16_every_strategy_keeps_the_adapter_in_float32(model_folder: Path,
         assert not torch.equal(weights, weights.bfloat16().float())
 
 
+def test_a_quantized_base_trains_alike_under_the_strategies_that_leave_it_whole(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    hyperparameters = {"bits": 4}
+    (tmp_path / "alone").mkdir()
+    right = run(model_folder, tmp_path / "alone", "ddp", hyperparameters=hyperparameters)
+    jobs = [{"name": name, "strategy": name, "hyperparameters": hyperparameters} for name in ("ddp", "zero1", "zero2")]
+    for seen in run_on(2, model_folder, tmp_path, *jobs):
+        assert_same(seen, right)
+
+
 def test_from_stage_3_on_a_worker_holds_a_piece_of_the_base(model_folder: Path, tmp_path: Path) -> None:
     held = run_on(2, model_folder, tmp_path, *({"name": name, "strategy": name} for name in STRATEGIES))
     whole, *others = [seen["held"] for seen in held]
@@ -188,8 +199,14 @@ def test_from_stage_3_on_a_worker_holds_a_piece_of_the_base(model_folder: Path, 
 
 
 def test_a_loss_that_is_no_number_ends_every_strategy_with_its_step(model_folder: Path, tmp_path: Path) -> None:
-    hyperparameters = {"learning_rate": 1e30}
-    jobs = [{"name": name, "strategy": name, "hyperparameters": hyperparameters} for name in STRATEGIES]
-    first, *others = run_on(2, model_folder, tmp_path, *jobs)
-    assert "is not a number" in first
+    from transformers import AutoModelForCausalLM
+
+    broken = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("inf"))
+    broken.save_pretrained(tmp_path / "broken")
+    first, *others = run_on(
+        2, tmp_path / "broken", tmp_path, *({"name": name, "strategy": name} for name in STRATEGIES)
+    )
+    assert "step 1 is not a number" in first
     assert others == [first] * (len(STRATEGIES) - 1)

@@ -32,7 +32,7 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_model(folder: Path, tokenizer: Any = None, *, head_width: int = 8) -> Path:
+def make_model(folder: Path, tokenizer: Any = None, *, width: int = 32, head_width: int = 8) -> Path:
     """Write the model to `folder` with its tokenizer, or another one; the same weights every time.
 
     Attention over packed rows on a CPU is our own where 16 divides `head_width`, else torch's.
@@ -43,7 +43,7 @@ def make_model(folder: Path, tokenizer: Any = None, *, head_width: int = 8) -> P
     tokenizer = tokenizer or make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

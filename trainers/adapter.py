@@ -12,19 +12,23 @@ from torch import nn
 
 from trainers.device import Device
 from trainers.matmul import add_widened, narrow_down, product, sum_over_tokens
+from trainers.quantization import QuantizedLinear, load_quantized, unpacked
 from tunesmith.errors import ModelError
 
 
 def load_model(folder: Path, h: Mapping[str, Any], advanced: Mapping[str, Any], device: Device) -> Any:
     """The frozen base with a fresh adapter, the same on every worker for the same seed: a peft model, on the CPU.
 
-    ModelError where the target modules are not there.
+    ModelError where the target modules are not there, or the base cannot be quantized to `bits`.
     """
     from transformers import AutoModelForCausalLM
 
     half = advanced["precision"] == "bf16" or (advanced["precision"] == "auto" and device.has_bf16)
     dtype = torch.bfloat16 if half else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    if h["bits"] is not None:
+        base = load_quantized(folder, h["bits"], dtype, device)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     return with_adapter(base, h, advanced)
 
 
@@ -67,7 +71,8 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
             return made
         base = self.base_layer
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        made, _ = _lora_linear(x, base.weight, base.bias, a, b, self.scaling[name])
+        scales = base.scales if isinstance(base, QuantizedLinear) else None
+        made, _ = _lora_linear(x, base.weight, scales, base.bias, a, b, self.scaling[name])
         return made
 
     def _plain(self) -> str | None:
@@ -84,15 +89,19 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
 def _lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
+    scales: torch.Tensor | None,
     bias: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [*, in], weight [out, in], a [rank, in], b [out, rank]: x·weightᵀ + bias + scale·x·aᵀ·bᵀ, and x·aᵀ."""
+    """x [*, in], weight [out, in], a [rank, in], b [out, rank]: x·weightᵀ + bias + scale·x·aᵀ·bᵀ, and x·aᵀ.
+
+    With `scales` the weight is packed (trainers.quantization).
+    """
     flat = x.reshape(-1, x.shape[-1])
     low = narrow_down(flat, a.to(x.dtype))
-    made = product(flat, weight, bias)
+    made = product(flat, unpacked(weight, scales, (b.shape[0], a.shape[1]), x.dtype), bias)
     add_widened(made, low, b.to(x.dtype).t(), scale)
     return made.view(*x.shape[:-1], -1), low
 
@@ -102,6 +111,7 @@ def _lora_linear_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
+    scales: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
     low: torch.Tensor,
@@ -112,7 +122,7 @@ def _lora_linear_backward(
     flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     grad_low = narrow_down(grad, b.to(x.dtype).t())
     if wants_x:
-        grad_x = product(grad, weight.t())
+        grad_x = product(grad, unpacked(weight, scales, (b.shape[0], a.shape[1]), x.dtype).t())
         add_widened(grad_x, grad_low, a.to(x.dtype), scale)
         grad_x = grad_x.view(x.shape)
     else:
@@ -124,27 +134,35 @@ def _lora_linear_backward(
 
 @_lora_linear.register_fake
 def _(
-    x: torch.Tensor, weight: torch.Tensor, bias: Any, a: torch.Tensor, b: Any, scale: float
+    x: torch.Tensor, weight: Any, scales: Any, bias: Any, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, ...]:
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
+    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
 
 
 @_lora_linear_backward.register_fake
 def _(
-    grad: Any, x: torch.Tensor, weight: Any, a: torch.Tensor, b: torch.Tensor, low: Any, scale: float, wants_x: bool
+    grad: Any,
+    x: torch.Tensor,
+    weight: Any,
+    scales: Any,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    low: Any,
+    scale: float,
+    wants_x: bool,
 ) -> tuple[torch.Tensor, ...]:
     return x.new_empty(x.shape if wants_x else (0,)), torch.empty_like(a), torch.empty_like(b)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight, _, a, b, ctx.scale = inputs
-    ctx.save_for_backward(x, weight, a, b, output[1])
+    x, weight, scales, _, a, b, ctx.scale = inputs
+    ctx.save_for_backward(x, weight, scales, a, b, output[1])
 
 
 def _backward(context: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     wants_x = context.needs_input_grad[0]
     grad_x, grad_a, grad_b = _lora_linear_backward(grad, *context.saved_tensors, context.scale, wants_x)
-    return grad_x if wants_x else None, None, None, grad_a, grad_b, None
+    return grad_x if wants_x else None, None, None, None, grad_a, grad_b, None
 
 
 _lora_linear.register_autograd(_backward, setup_context=_keep)

@@ -116,7 +116,7 @@ def train(
         start_from = resume_from / "adapter"
     if start_from is not None:
         load_adapter(start_from, model)
-    strategy_name = choose(advanced["strategy"], model, worker, device)
+    strategy_name = choose(advanced["strategy"], model, worker, device, quantized=h["bits"] is not None)
     logger.info("strategy %s, %d workers", strategy_name, worker.world_size)
 
     plan = BatchPlan(

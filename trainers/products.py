@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 from trainers.adapter import load_model
 from trainers.checkpoints import load_adapter, save_adapter
-from trainers.device import Device, pick_device
-from trainers.strategies import shares_base, trained_parameters
+from trainers.device import pick_device
+from trainers.strategies import shares_base
 from tunesmith import layout
 from tunesmith.catalog import File, describe_files
 from tunesmith.errors import LeaseLostError, ModelError
@@ -34,13 +35,14 @@ def write_products(
 ) -> None:
     """Write the new model's files (contracts.md, section 5) to `folder`.
 
-    `model` is the tuned peft model, whose adapter's `weights` are given by their names in it; merging takes it apart.
-    ModelError where merged and unmerged logits differ.
+    `model` is the tuned peft model, whose adapter's `weights` are given by their names in it; merging takes it apart,
+    or, where its base is quantized or in pieces, a model of the base in full precision. ModelError where merged and
+    unmerged logits differ.
     """
     model.peft_config["default"].base_model_name_or_path = job.model
     save_adapter(folder / "adapter", model, weights)
     if job.advanced["merge_adapter"]:
-        whole = model if _is_whole(model) else load_tuned(base_folder, folder / "adapter", job)
+        whole = model if _is_whole(model, job) else in_full(base_folder, folder / "adapter", job)
         merge(whole).save_pretrained(folder)
         for path in base_folder.iterdir():
             if path.is_file() and not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():
@@ -52,17 +54,9 @@ def write_products(
     parameters.write_text(json.dumps(user_parameters(job), indent=2, ensure_ascii=False))
 
 
-def load_tuned(base_folder: Path, adapter_folder: Path, job: TrainJob) -> Any:
-    """The base as it lies on the disk with the job's adapter, a peft model on the CPU."""
-    cpu = Device(torch.device("cpu"), "gloo", has_bf16=pick_device().has_bf16)
-    model = load_model(base_folder, job.hyperparameters, job.advanced, cpu)
-    load_adapter(adapter_folder, model)
-    return model
-
-
-def _is_whole(model: Any) -> bool:
-    """Whether the model's weights are all there, its adapter as exact as it was trained."""
-    return not shares_base(model) and all(p.dtype == torch.float32 for p in trained_parameters(model).values())
+def _is_whole(model: Any, job: TrainJob) -> bool:
+    """Whether the model's weights are all there, as its files have them."""
+    return job.hyperparameters["bits"] is None and not shares_base(model)
 
 
 def user_parameters(job: TrainJob) -> dict[str, Any]:
@@ -70,6 +64,15 @@ def user_parameters(job: TrainJob) -> dict[str, Any]:
     filled = {"data_url": job.dataset_url, "train_url": job.output_url}
     given = {name: value for name, value in job.hyperparameters.items() if value is not None}
     return {**job.hyperparameters, **filled, **given, **job.advanced}
+
+
+def in_full(base_folder: Path, adapter: Path, job: TrainJob) -> Any:
+    """The base in full precision with the adapter, on the CPU: the accelerator may have no room for it."""
+    device = pick_device()
+    h = {**job.hyperparameters, "bits": None}
+    model = load_model(base_folder, h, job.advanced, replace(device, torch_device=torch.device("cpu")))
+    load_adapter(adapter, model)
+    return model
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ class Strategy(Protocol):
         ...
 
 
-def choose(wished: str, model: Any, worker: Worker, device: Device) -> str:
+def choose(wished: str, model: Any, worker: Worker, device: Device, *, quantized: bool = False) -> str:
     """The strategy of a run that wished for `wished`; the rule of `auto` is in docs/strategies.md."""
     if wished != "auto":
         return wished
@@ -81,7 +81,8 @@ def choose(wished: str, model: Any, worker: Worker, device: Device) -> str:
         return "ddp"
     if device.torch_device.type == "cpu":
         return "ddp"
-    return "zero3" if _base_bytes(model) > SHARE_OF_DEVICE * _memory(device) else "zero2"
+    is_large = _base_bytes(model) > SHARE_OF_DEVICE * _memory(device)
+    return "zero3" if is_large and not quantized else "zero2"
 
 
 def strategy(

@@ -53,12 +53,10 @@ class Zero:
 
         self._model, self._worker, self._device = model, worker, device
         config = engine_config(name)
-        half = next(iter(model.get_base_model().parameters())).dtype == torch.bfloat16
-        config |= {"gradient_clipping": h["max_grad_norm"], "bf16": {"enabled": half}}
+        # In bf16 is the frozen base alone, which is DeepSpeed's to share at most.
+        config |= {"gradient_clipping": h["max_grad_norm"]}
         self._in_pieces = name in SHARE_BASE
         _join(worker, device)
-        # Of parameters in bf16 DeepSpeed makes its float32 copies from what it has rounded.
-        exact = {name: p.detach().float().clone() for name, p in trained_parameters(model).items()} if half else {}
         objective = Loss(model)
         if self._in_pieces:
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
@@ -73,8 +71,6 @@ class Zero:
         self.loss, self.stop = self._sums
         self._broken = torch.zeros((), dtype=torch.int64, device=device.torch_device)
         self._steps = 0
-        for name, value in exact.items():
-            self._set(self._parameters[name], value, None)
 
     def backward(self, rows: Pass, weight: float, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -131,30 +127,19 @@ class Zero:
         sizes = [_numel(p) for p in self._parameters.values()]
         for key in MOMENTS:
             for parameter, value in zip(self._parameters.values(), torch.split(moments[key], sizes), strict=True):
-                self._set(parameter, value, key)
+                self._set(parameter, key, value)
 
-    def _set(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
-        """Put this worker's piece of a whole tensor in place: of the moment `key`, or of the parameter itself."""
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
+    def _set(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        """Put this worker's piece of a parameter's whole moment `key` in place."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        value = value.to(self._device.torch_device).flatten()
+        value = value.to(self._device.torch_device)
         if not self._in_pieces:
-            if key is None:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, key)
+            safe_set_full_optimizer_state(parameter, value, key)
             return
         size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         pieces = torch.split(F.pad(value, (0, size * self._worker.world_size - value.numel())), size)
-        if key is None:
-            safe_set_local_fp32_param(parameter, pieces[self._worker.rank])
-        else:
-            safe_set_local_optimizer_state(parameter, pieces[self._worker.rank], key)
+        safe_set_local_optimizer_state(parameter, pieces[self._worker.rank], key)
 
 
 def _read_from_outside(objective: Loss) -> Iterator[tuple[nn.Module, nn.Parameter]]:

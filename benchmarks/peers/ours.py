@@ -30,6 +30,7 @@ def main(path: str) -> None:
             "max_steps": work.steps,
             "save_steps": work.steps,
             "warmup_ratio": 0.0,
+            "bits": work.bits,
         }
     )
     own = {
@@ -63,10 +64,12 @@ def main(path: str) -> None:
         compiled=compiled,
         profile=None if work.profile is None else Path(work.profile),
     )
-    trained = sum(parameter.numel() for parameter in ended.model.parameters() if parameter.requires_grad)
+    parameters = list(ended.model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen_bytes = sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
     config = {"compiled": compiled, "advanced": advanced, "versions": {"torch": torch.__version__}}
     say_end(
-        {**config, "trained_parameters": trained, "threads": torch.get_num_threads()},
+        {**config, "trained_parameters": trained, "frozen_bytes": frozen_bytes, "threads": torch.get_num_threads()},
         device_bytes=torch.cuda.max_memory_allocated(),  # 0 without a GPU
     )
 

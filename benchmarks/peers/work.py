@@ -46,6 +46,8 @@ class Work:
     """Where the recipe leaves a trace of some steps."""
     compiled: bool = True
     """Whether the recipe compiles the model's layers."""
+    bits: int | None = None
+    """Of the recipe's quantized base."""
     advanced: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the recipe, besides those that make the contestants alike."""
 

@@ -106,8 +106,8 @@ GUIDE: tuple[Hyperparameter, ...] = (
     _int("max_seq_length", MAX_SEQ_LENGTH, 8, 1 << 20, "tokens of a row at most", "每条样本的最大 token 数"),
     _file("finetuned_model", "earlier result whose adapter is trained on: NAME@VERSION, or its storage path",
           "已有微调结果，在其 LoRA 权重的基础上继续训练：模型名@版本，或其存储路径"),
-    Hyperparameter("bits", int, None, "bits of the quantized base; absent: none",
-                   "模型量化的位数；不填：不量化", choices=(4, 8), optional=True, **_NOT_YET),
+    Hyperparameter("bits", int, None, "bits of the quantized base in training, not on NPUs; absent: none",
+                   "训练时冻结的基础模型量化的位数（NPU 不支持）；不填：不量化", choices=(4, 8), optional=True),
     _int("max_eval_samples", 64, 1, _MANY, "held-out rows at most that are evaluated, and answered by the model",
          "评估时最多使用的测试样本数：计算损失，并生成回答"),
 )
@@ -269,6 +269,11 @@ def document() -> str:
         f"- `learning_rate` of LoRA by the model's parameters: by default {rates};",
         "  the table has the one for a model of unknown size.",
         "- `max_seq_length` is at most the model's context length, and by default no more than it.",
+        "",
+        "`bits` quantizes the base for the training alone (QLoRA): a job's losses and answers are those of the adapter",
+        "over the quantized base, while the new model is the same adapter merged into the base in full precision.",
+        "So a job that goes on from it, by `finetuned_model` or as its model, begins at a slightly other held-out loss",
+        "than the one before ended with, unless both have the same `bits` and the first is named by `finetuned_model`.",
     ]
     for section, known in SECTIONS.items():
         lines += [

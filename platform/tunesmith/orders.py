@@ -14,7 +14,7 @@ from tunesmith.adapters import find_adapter
 from tunesmith.catalog import Manifest, get_manifest, newest_version
 from tunesmith.columns import find_form
 from tunesmith.errors import DataError, SpecError, nearest
-from tunesmith.flavors import get_flavor
+from tunesmith.flavors import Flavor, get_flavor, load_flavors
 from tunesmith.hyperparameters import ADVANCED, GUIDE, Value, for_model, resolve
 from tunesmith.settings import Settings
 from tunesmith.spec import TEXT_TYPES, RegisterJob, RegisterSpec, TrainJob, TrainSpec
@@ -37,6 +37,7 @@ def draft(
     if isinstance(spec, RegisterSpec):
         return _draft_registration(spec, storage=storage, account=account, job_id=job_id, created_at=created_at)
     layout.check_name(spec.output_model, field="output_model")
+    flavor = get_flavor(spec.flavor)
     model = get_manifest(storage, "model", spec.model)
     dataset = get_manifest(storage, "dataset", spec.dataset)
     training_type = _training_type(spec, model)
@@ -48,6 +49,7 @@ def draft(
         adapter.check(hyperparameters)
         hyperparameters["finetuned_model"] = adapter.ref
     advanced = resolve(spec.advanced, ADVANCED, section="advanced")
+    _check_bits(hyperparameters["bits"], advanced["strategy"], flavor)
     _check_files(dataset, hyperparameters)
     _check_columns(dataset, hyperparameters, training_type)
     version = newest_version(storage, "model", spec.output_model) + 1
@@ -63,7 +65,7 @@ def draft(
         advanced=advanced,
         flavor=spec.flavor,
         cards=spec.cards,
-        resources=get_flavor(spec.flavor).resources(),
+        resources=flavor.resources(),
         output_model=f"{spec.output_model}@{version}",
         priority=spec.priority,
         max_run_time_s=spec.max_run_time_s,
@@ -123,6 +125,27 @@ def _training_type(spec: TrainSpec, model: Manifest) -> str:
         fields=["training_type"],
         hint="leave training_type out to train with the model's own task type",
         code="training_type_not_allowed",
+    )
+
+
+def _check_bits(bits: Value, strategy: Value, flavor: Flavor) -> None:
+    """bitsandbytes, which quantizes, knows no NPU; DeepSpeed would share the packed weights as if they were numbers."""
+    if bits is None:
+        return
+    if strategy in ("zero3", "zero3_offload"):
+        raise SpecError(
+            f"bits={bits} cannot be had with strategy {strategy!r}, which lays the base's weights out in pieces",
+            fields=["hyperparameters.bits", "advanced.strategy"],
+            hint="leave bits out, or choose the strategy auto, ddp, zero1 or zero2",
+        )
+    if flavor.accelerator != "NPU":
+        return
+    able = ", ".join(other.name for other in load_flavors().values() if other.accelerator != "NPU")
+    raise SpecError(
+        f"bits={bits} cannot run on flavor {flavor.name!r}: a quantized base trains on CPUs and GPUs, not on NPUs",
+        fields=["hyperparameters.bits", "flavor"],
+        hint=f"leave bits out, or choose one of {able}",
+        code="not_supported",
     )
 
 
