@@ -58,7 +58,7 @@ def start_platform() -> Iterator[StartPlatform]:
             *, storage_url: str | None = None, env: Mapping[str, str] | None = None, door: bool = True
         ) -> Running:
             given = {"TUNESMITH_STORAGE_URL": storage_url} if storage_url is not None else {}
-            return stack.enter_context(_running(given | dict(env or {}), door=door))
+            return stack.enter_context(running_platform(given | dict(env or {}), door=door))
 
         yield start
 
@@ -90,7 +90,7 @@ def _own_settings(env: Mapping[str, str]) -> Iterator[Settings]:
 
 
 @contextmanager
-def _running(env: Mapping[str, str], *, door: bool) -> Iterator[Running]:
+def running_platform(env: Mapping[str, str], *, door: bool) -> Iterator[Running]:
     with _own_settings(env) as settings, mock.patch.dict(os.environ, env):
         started = local.up(settings, num_cpus=2, object_store_memory=200_000_000, door=door)
         with Client(settings.door_url, settings.api_token_path.read_text()) as client:

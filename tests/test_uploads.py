@@ -14,6 +14,8 @@ from trainers.uploads import Uploads
 from tunesmith import layout
 from tunesmith.attempts import checkpoints
 from tunesmith.errors import StorageError
+from tunesmith.evaluations import Evaluation, read_evaluations
+from tunesmith.patience import PatientStorage
 from tunesmith.settings import Settings
 from tunesmith.storage import FolderStorage, Storage, open_storage
 
@@ -29,6 +31,10 @@ class Troubled(FolderStorage):
         self._permits(key)
         super().upload_file(path, key)
 
+    def put(self, key: str, data: bytes) -> None:
+        self._permits(key)
+        super().put(key, data)
+
 
 def made(tmp_path: Path, step: int) -> Path:
     folder = tmp_path / f"made-{step}"
@@ -40,6 +46,10 @@ def made(tmp_path: Path, step: int) -> Path:
 
 def uploads(storage: Storage, **options: Any) -> Uploads:
     return Uploads(storage, **{"job_id": f"job-{os.getpid()}", "attempt": 1, "keep": 2, **options})
+
+
+def evaluated(step: int) -> Evaluation:
+    return Evaluation(step=step, rows=1, loss=1.0, perplexity=2.7, scores={}, answers=[])
 
 
 def steps(storage: Storage) -> list[int]:
@@ -88,19 +98,33 @@ def test_nothing_waits_for_storage_and_few_wait_for_it(tmp_path: Path) -> None:
     assert steps(storage) == [5, 6]
 
 
-def test_a_refused_checkpoint_is_tried_again_with_growing_pauses(tmp_path: Path) -> None:
-    refusals = iter([StorageError("away")] * 7)
-    pauses: list[float] = []
+def test_what_is_refused_is_tried_again_and_stored_whole(tmp_path: Path) -> None:
+    refusals = iter([StorageError("away")] * 9)
 
     def permits(key: str) -> None:
         for refusal in refusals:
             raise refusal
 
     storage = Troubled(tmp_path / "storage", permits)
-    with uploads(storage, pause=pauses.append) as beside:
+    with uploads(PatientStorage(storage, patience_s=60, pause=lambda _: None)) as beside:
         beside.add_checkpoint(1, made(tmp_path, 1))
+        beside.add_evaluation(evaluated(1))
     assert steps(storage) == [1]
-    assert pauses == [1, 2, 4, 8, 15, 15, 15]
+    assert next(refusals, None) is None
+    assert read_evaluations(storage, f"job-{os.getpid()}") == [evaluated(1)]
+
+
+def test_an_evaluation_that_cannot_be_stored_is_said_and_the_next_one_is(tmp_path: Path) -> None:
+    def permits(key: str) -> None:
+        if "evaluations/1" in key:
+            raise StorageError("away")
+
+    storage = Troubled(tmp_path / "storage", permits)
+    with uploads(storage) as beside:
+        beside.add_evaluation(evaluated(1))
+        beside.add_evaluation(evaluated(2))
+    assert [event.message for event in beside.ended()] == ["evaluation of step 1 could not be stored: away"]
+    assert read_evaluations(storage, f"job-{os.getpid()}") == [evaluated(2)]
 
 
 @pytest.mark.parametrize("trouble", [StorageError("away"), OSError("no such disk")])
@@ -110,7 +134,7 @@ def test_one_that_cannot_be_stored_is_said_and_the_next_one_is(tmp_path: Path, t
             raise trouble
 
     storage = Troubled(tmp_path / "storage", permits)
-    with uploads(storage, patience_s=0) as beside:
+    with uploads(storage) as beside:
         beside.add_checkpoint(1, made(tmp_path, 1))
         beside.add_checkpoint(2, made(tmp_path, 2))
     first, second = beside.ended()
@@ -146,7 +170,7 @@ def test_a_server_that_is_killed_for_a_while_costs_no_checkpoint(tmp_path: Path)
             refused.set()
             time.sleep(0.2)
 
-        with uploads(storage, keep=5, pause=pause) as beside:
+        with uploads(PatientStorage(storage, patience_s=120, pause=pause), keep=5) as beside:
             with s3_process(server, ports):
                 beside.add_checkpoint(1, made(tmp_path, 1))
                 until(lambda: beside.stored_step == 1)
@@ -156,7 +180,9 @@ def test_a_server_that_is_killed_for_a_while_costs_no_checkpoint(tmp_path: Path)
             with s3_process(server, ports):
                 until(lambda: beside.stored_step == 5)
         with s3_process(server, ports):
-            assert steps(storage) == [1, 2, 3, 4, 5]
+            # The server answers before it has found all of its volumes again.
+            there = PatientStorage(storage, patience_s=60)
+            assert steps(there) == [1, 2, 3, 4, 5]
             for step in range(1, 6):
                 key = layout.checkpoint(f"job-{os.getpid()}", 1, step)
-                assert storage.get(f"{key}/adapter/weights") == str(step).encode() * 1000
+                assert there.get(f"{key}/adapter/weights") == str(step).encode() * 1000

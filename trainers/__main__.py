@@ -12,7 +12,7 @@ from tunesmith.settings import PREFIX, Settings
 
 
 def main() -> int:
-    """0: the job ended well, or the attempt is another's; 1: it failed; 2: there is no such job."""
+    """0: the job ended well, or the attempt is another's; 1: it failed; 2: there is no such job, or storage is away."""
     parser = argparse.ArgumentParser(prog="python -m trainers", description=__doc__)
     parser.add_argument("job", help="ROOT/jobs/ID/job.json: a path, or an s3:// or obs:// URL")
     parser.add_argument("--attempt", type=int, default=int(os.environ.get(PREFIX + "ATTEMPT", "1")))

@@ -12,9 +12,9 @@ from tunesmith import attempts, layout
 from tunesmith.attempts import Claim, EventWriter, Result
 from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, SpecError, StorageError, UnavailableError
+from tunesmith.patience import open_patiently
 from tunesmith.settings import Settings
 from tunesmith.spec import RegisterJob, parse_job
-from tunesmith.storage import open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +22,11 @@ logger = logging.getLogger(__name__)
 def drive(job_url: str, number: int, settings: Settings) -> int:
     """Drive attempt `number` of the job whose `job.json` lies at `job_url`; the exit code.
 
-    Does nothing where the attempt was claimed before. Raises SpecError or NotFoundError where there is no such job.
+    Does nothing where the attempt was claimed before. Raises SpecError or NotFoundError where there is no such job,
+    StorageError where storage does not take the last events or the result: then the attempt is taken for lost.
     """
     root, job_id = layout.split_job_url(job_url)
-    storage = open_storage(root, settings)
+    storage = open_patiently(root, settings)
     job = parse_job(storage.get(layout.job_json(job_id)))
     if job.id != job_id:
         raise SpecError(

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from tunesmith.catalog import Manifest
 from tunesmith.errors import NotFoundError
+from tunesmith.patience import open_patiently
 from tunesmith.settings import Settings
-from tunesmith.storage import Storage, open_storage
+from tunesmith.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def fetch(url: str, settings: Settings) -> Fetched:
 
     Copies are kept under the installation's home, by URL and manifest. NotFoundError where there is no manifest.
     """
-    storage = open_storage(url, settings)
+    storage = open_patiently(url, settings)
     try:
         text = storage.get("manifest.json")
     except NotFoundError:

@@ -17,9 +17,8 @@ from typing import Any
 
 from ray.train.v2.api.callback import UserCallback
 
-from trainers.uploads import Event
 from tunesmith import layout
-from tunesmith.attempts import EventWriter, MetricLine
+from tunesmith.attempts import EventLine, EventWriter, MetricLine
 from tunesmith.segments import SegmentWriter
 from tunesmith.storage import Storage
 
@@ -38,7 +37,7 @@ class Report:
     """A phase that begins."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What belongs to the phase, for its event."""
-    events: Sequence[Event] = ()
+    events: Sequence[EventLine] = ()
     """What else is to be said."""
     products: Mapping[str, Any] | None = None
     """At the end: how the run ended, and the files of the new model."""
@@ -125,7 +124,7 @@ class ReportWriter:
             self._gauges.set(lines)
         self.last_step = max(self.last_step, first.step)
         for event in first.events:
-            self._events.write(event.message, **event.data)
+            self._events.append(event)
         if first.phase is not None:
             state = "running" if first.phase == "train" and not self._running else None
             self._running = self._running or state is not None

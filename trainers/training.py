@@ -17,6 +17,7 @@ from tunesmith.catalog import File, Manifest
 from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, OutOfMemoryError, TunesmithError, UnavailableError, WorkerLostError
 from tunesmith.orders import output
+from tunesmith.patience import open_patiently
 from tunesmith.spec import TrainJob
 
 # Read by Ray Train when it is imported. The controller takes one report of a worker in each interval.
@@ -191,9 +192,7 @@ def _publish(attempt: Attempt, job: TrainJob, products: Mapping[str, Any]) -> No
 
 
 def _read(attempt: Attempt, url: str) -> bytes:
-    from tunesmith.storage import open_storage
-
-    return open_storage(url, attempt.settings).get("manifest.json")
+    return open_patiently(url, attempt.settings).get("manifest.json")
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,39 +6,25 @@ import logging
 import shutil
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainers.checkpoints import upload_checkpoint
 from tunesmith import layout
-from tunesmith.errors import StorageError
+from tunesmith.attempts import EventLine
+from tunesmith.clock import utc_text
 from tunesmith.evaluations import Evaluation
 from tunesmith.storage import Storage
 
-PATIENCE_S = 600.0
-"""How long one upload is tried."""
-LONGEST_PAUSE_S = 15.0
-"""Pauses between two tries grow from one second to this."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Event:
-    """What is to be said of an upload."""
-
-    message: str
-    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Upload:
     what: str
     store: Callable[[], None]
-    """May be called again after a StorageError."""
     step: int | None = None
     """A checkpoint's."""
 
@@ -46,26 +32,16 @@ class _Upload:
 class Uploads:
     """Stores what one attempt leaves on its way, in order, in a thread; a context manager, which waits for the last.
 
-    At most `keep` checkpoints wait on the disk: an older one would be deleted as soon as it was stored. What storage
-    does not take is tried again with growing pauses, for `patience_s` seconds; then it is said and left.
+    At most `keep` checkpoints wait on the disk: an older one would be deleted as soon as it was stored. What `storage`,
+    a patient one, does not take in the end is said and left.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        *,
-        job_id: str,
-        attempt: int,
-        keep: int,
-        patience_s: float = PATIENCE_S,
-        pause: Callable[[float], object] = time.sleep,
-    ) -> None:
+    def __init__(self, storage: Storage, *, job_id: str, attempt: int, keep: int) -> None:
         self._storage, self._job_id, self._attempt, self._keep = storage, job_id, attempt, keep
-        self._patience_s, self._pause = patience_s, pause
         self._folder = Path(tempfile.gettempdir()) / f"tunesmith-{job_id}-a{attempt}-checkpoints"
         self._changed = threading.Condition()
         self._waiting: list[_Upload] = []
-        self._events: list[Event] = []
+        self._events: list[EventLine] = []
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
         self.stored_step: int | None = None
@@ -89,7 +65,7 @@ class Uploads:
         data = evaluation.model_dump_json(indent=2).encode()
         self._add(_Upload(f"evaluation of step {evaluation.step}", lambda: self._storage.put(key, data)))
 
-    def ended(self) -> list[Event]:
+    def ended(self) -> list[EventLine]:
         """What became of uploads since the last call, each once."""
         with self._changed:
             events, self._events = self._events, []
@@ -128,30 +104,17 @@ class Uploads:
                     return
                 upload = self._waiting.pop(0)
             try:
-                self._store(upload)
+                upload.store()
             except Exception as error:  # a thread's border: whatever it is, the training goes on
                 logger.exception("%s: the %s could not be stored", self._job_id, upload.what)
                 self._say(f"{upload.what} could not be stored: {error}")
+            else:
+                if upload.step is not None:
+                    self.stored_step = upload.step
+                    self._say(f"{upload.what} saved", checkpoint_step=upload.step)
             if upload.step is not None:
                 shutil.rmtree(self._folder / str(upload.step), ignore_errors=True)
 
-    def _store(self, upload: _Upload) -> None:
-        """Raises StorageError where storage takes it at no try."""
-        began, pause_s = time.monotonic(), 1.0
-        while True:
-            try:
-                upload.store()
-                break
-            except StorageError as error:
-                if time.monotonic() - began + pause_s > self._patience_s:
-                    raise
-                logger.warning("%s: the %s is tried again: %s", self._job_id, upload.what, error)
-            self._pause(pause_s)
-            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
-        if upload.step is not None:
-            self.stored_step = upload.step
-            self._say(f"{upload.what} saved", checkpoint_step=upload.step)
-
     def _say(self, message: str, **data: Any) -> None:
         with self._changed:
-            self._events.append(Event(message, data))
+            self._events.append(EventLine(time=utc_text(), message=message, data=data))

@@ -33,9 +33,10 @@ from trainers.watchdog import Watchdog
 from tunesmith import adapters, layout
 from tunesmith.clock import utc_text
 from tunesmith.errors import TunesmithError
+from tunesmith.patience import PatientStorage, open_patiently
 from tunesmith.settings import Settings
 from tunesmith.spec import TrainJob
-from tunesmith.storage import Storage, open_storage
+from tunesmith.storage import Storage
 
 STOP_LOOK_S = 1.0
 """How often the stop object is looked for, seconds."""
@@ -62,7 +63,7 @@ def train_worker(config: dict[str, Task]) -> None:
     """The train function of TorchTrainer: `config` is `{"task": Task}`."""
     task = config["task"]
     settings = Settings.from_env()
-    storage = open_storage(task.root, settings)
+    storage = open_patiently(task.root, settings)
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     # It would log every report whole; its logger is named after the file.
@@ -71,7 +72,7 @@ def train_worker(config: dict[str, Task]) -> None:
         _run(task, worker, storage, settings)
 
 
-def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> None:
+def _run(task: Task, worker: Worker, storage: PatientStorage, settings: Settings) -> None:
     job = task.job
     keep = int(job.advanced["save_total_limit"])
     uploads = Uploads(storage, job_id=job.id, attempt=task.attempt, keep=keep)
@@ -109,8 +110,8 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
 
     with (
         _earlier_adapter(storage, job) as start_from,
-        newest_checkpoint(storage, job.id) as (_, resume_from),
-        _stop_watch(task, storage) as stop,
+        newest_checkpoint(storage, job.id) as (resumed_step, resume_from),
+        _stop_watch(task, storage.impatient) as stop,
         uploads if worker.rank == 0 else nullcontext(),
         Watchdog(settings.hang_timeout_s, lambda stacks: _end_hung(stacks, settings.hang_timeout_s)) as watchdog,
     ):
@@ -142,7 +143,7 @@ def _run(task: Task, worker: Worker, storage: Storage, settings: Settings) -> No
         "steps": outcome.steps,
         "total_steps": outcome.total_steps,
         "stopped": outcome.stopped,
-        "checkpoint_step": uploads.stored_step,
+        "checkpoint_step": uploads.stored_step or resumed_step or None,
         "eval_loss_before": outcome.eval_loss_before,
         "eval_loss": outcome.eval_loss,
         "rows": counts,
@@ -222,17 +223,17 @@ class _Stop:
         return self.reason is not None
 
     def look(self) -> None:
-        """A storage that does not answer is no reason to stop."""
+        """A storage that does not answer is no reason to stop, and none to go on beyond the job's time."""
         job_id, deadline = self._task.job.id, self._task.deadline
         try:
             if self._storage.exists(layout.stop(job_id)):
                 self.reason = "stopped_by_user"
             elif self._storage.exists(layout.result(job_id, self._task.attempt)):
                 self.reason = "worker_lost"
-            elif deadline is not None and time.time() > deadline:
-                self.reason = "time_limit"
         except TunesmithError as error:
             logger.warning("%s: the stop object could not be looked for: %s", job_id, error)
+        if self.reason is None and deadline is not None and time.time() > deadline:
+            self.reason = "time_limit"
 
 
 @contextmanager
@@ -250,4 +251,5 @@ def _stop_watch(task: Task, storage: Storage) -> Iterator[_Stop]:
         yield stop
     finally:
         done.set()
-        thread.join()
+        # A look at a storage that does not answer may take minutes.
+        thread.join(STOP_LOOK_S)

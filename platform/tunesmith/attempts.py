@@ -102,7 +102,10 @@ class EventWriter:
         reason: str | None = None,
         **data: Any,
     ) -> None:
-        line = EventLine(time=utc_text(), state=state, phase=phase, reason=reason, message=message, data=data)
+        self.append(EventLine(time=utc_text(), state=state, phase=phase, reason=reason, message=message, data=data))
+
+    def append(self, line: EventLine) -> None:
+        """An event that happened at its own time, elsewhere."""
         self._segments.write(line.model_dump_json().encode() + b"\n")
 
     def flush(self) -> None:

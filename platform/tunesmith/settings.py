@@ -59,6 +59,8 @@ class Settings:
     """How long a reconciler's lease lasts without being renewed, seconds."""
     stop_grace_s: float = 60.0
     """Time a stopping job has to save its checkpoint before Ray's own stop follows, seconds."""
+    storage_patience_s: float = 600.0
+    """How long a job's processes wait for a storage that does not answer; then the attempt is lost, seconds."""
     hang_timeout_s: float = 1800.0
     """A worker that makes no progress for so long says where it stands and is started again, seconds."""
 
