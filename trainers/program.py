@@ -44,7 +44,7 @@ class Program:
         self._mark = secrets.token_hex(16)
         python = Path(command[0])
         self._process = subprocess.Popen(
-            sandbox.command_line(command, room, settings),
+            sandbox.command_line(command, cwd=cwd, room=room, settings=settings),
             cwd=cwd,
             env=sandbox.environment(room, python, {**variables, MARK: self._mark}, settings),
             stdin=subprocess.DEVNULL,

@@ -76,7 +76,7 @@ class Room:
     largest_file_bytes: int
 
 
-def command_line(command: Sequence[str], room: Room, settings: Settings) -> list[str]:
+def command_line(command: Sequence[str], *, cwd: Path, room: Room, settings: Settings) -> list[str]:
     """The command that runs `command` in the room; alone with its limits where the operator has said `none`.
 
     Raises IsolationError where this node has no bubblewrap that works.
@@ -99,7 +99,7 @@ def command_line(command: Sequence[str], room: Room, settings: Settings) -> list
             options += ["--ro-bind-try", "/sys", "/sys"]
             for device in sorted(found for pattern in patterns for found in Path("/dev").glob(pattern)):
                 options += ["--dev-bind-try", str(device), str(device)]
-    return [*limited, find_bubblewrap(), *options, "--chdir", os.curdir, "--", *command]
+    return [*limited, find_bubblewrap(), *options, "--remount-ro", "/", "--chdir", str(cwd), "--", *command]
 
 
 def environment(room: Room, python: Path, given: Mapping[str, str], settings: Settings) -> dict[str, str]:
