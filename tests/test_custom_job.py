@@ -71,7 +71,7 @@ def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:
     (output / "out").symlink_to("/etc/passwd")
     seen = {
         "secrets": [name for name in env if name.startswith(("AWS", "TUNESMITH_", "RAY"))],
-        "folders": sorted(p for p in ("/home", "/etc/passwd", "/etc/shadow", "/root/.ssh") if os.path.exists(p)),
+        "paths": list(filter(os.path.exists, ("HOME/api_token", "HOME/storage/jobs", "/etc/passwd", "/root/.ssh"))),
         "dataset": os.listdir(env["ENV_AG_DATASET_DIR"]),
         "cwd": os.listdir("."),
         "pids": len([p for p in os.listdir("/proc") if p.isdecimal()]),
@@ -84,7 +84,7 @@ def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:
         except OSError as error:
             seen[what + " written"] = False
     try:
-        socket.create_connection(("127.0.0.1", %d), timeout=2)
+        socket.create_connection(("127.0.0.1", PORT), timeout=2)
         seen["network"] = True
     except OSError:
         seen["network"] = False
@@ -92,7 +92,9 @@ def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:
     (output / "seen.json").write_text(json.dumps(seen))
     subprocess.Popen(["sleep", "1000"])
     """
-    job = start(train % platform.settings.ray_dashboard_port, hyperparameters={"epochs": 2})
+    here = platform.settings
+    train = train.replace("PORT", str(here.ray_dashboard_port)).replace("HOME", str(here.home))
+    job = start(train, hyperparameters={"epochs": 2})
     ended = platform.client.wait(job.id)
     assert ended.state == "completed", (ended, jobs.log(platform, job.id, "0"), jobs.log(platform, job.id, "driver"))
 
@@ -122,7 +124,7 @@ def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:
     assert seen.pop("secrets") == ["TUNESMITH_PROGRAM"]
     assert sorted(seen.pop("cwd")) == ["dataset_readme.md", "train.py", "train_params.json"]
     assert seen == {
-        "folders": [],
+        "paths": [],
         "dataset": ["rows.csv"],
         "rank": False,
         "model written": False,
@@ -215,3 +217,32 @@ def test_a_lost_worker_is_a_new_attempt_with_the_output_there(platform: Running,
     assert (ended.state, ended.attempt) == ("completed", 2), ended
     name = ended.output.split("@")[0]
     assert platform.storage.get(f"models/{name}/1/files/second.txt") == b"from before"
+
+
+def test_a_program_that_takes_more_memory_than_its_flavor_is_ended(platform: Running, start: Start) -> None:
+    job = start("""
+    held = []
+    while True:
+        held.append(b"1" * 200_000_000)
+        time.sleep(0.1)
+    """)
+    ended = platform.client.wait(job.id)
+    assert (ended.state, ended.reason) == ("failed", "out_of_memory")
+    assert "flavor cpu-small has" in (ended.message or "")
+
+
+def test_a_job_whose_time_is_up_is_stopped(platform: Running, start: Start) -> None:
+    ended = platform.client.wait(start("time.sleep(1000)", max_run_time_s=3).id)
+    assert (ended.state, ended.reason) == ("stopped", "time_limit")
+
+
+def test_requirements_are_installed_in_a_phase_of_their_own(platform: Running, start: Start) -> None:
+    job = start(
+        "import torch; (output / 'torch.txt').write_text(torch.__version__)",
+        files={"requirements_txt": "./no-such-file.whl\n"},
+    )
+    ended = platform.client.wait(job.id)
+    assert (ended.state, ended.reason) == ("failed", "user_error")
+    assert "requirements.txt could not be installed" in (ended.message or "")
+    assert [event.phase for event in jobs.events(platform, job.id) if event.phase] == ["fetch", "environment", "save"]
+    assert "no-such-file.whl" in jobs.log(platform, job.id, "0")

@@ -1,10 +1,13 @@
 """A user's program on its node: its room, its limits, its log, its metrics and its output, without Ray."""
 
+import importlib.metadata
 import io
 import json
 import os
+import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +17,12 @@ import psutil
 import pytest
 
 from trainers import outputs, sandbox
+from trainers.environments import Environment, own_environment
 from trainers.metrics_file import MAX_POINTS, MAX_QUOTED, MetricsFile, Point
 from trainers.program import Program
 from trainers.program_log import MAX_LINE_BYTES, ProgramLog
 from trainers.sandbox import IsolationError, Room
+from tunesmith.errors import SpecError
 from tunesmith.segments import SegmentWriter, read_segments
 from tunesmith.settings import Settings
 from tunesmith.storage import FolderStorage
@@ -223,3 +228,65 @@ def test_a_copy_of_the_output_follows_what_is_whole(tmp_path: Path) -> None:
     (output / "a").unlink()
     copy.update()
     assert list(storage.entries()) == []
+
+
+@contextmanager
+def installed(folder: Path, requirements: str) -> Iterator[tuple[Environment, str]]:
+    """The environment of these requirements, and what pip said; `thing` is a package beside them."""
+    gallery = folder / "gallery_train"
+    gallery.mkdir(exist_ok=True)
+    (gallery / "requirements.txt").write_text(requirements)
+    with zipfile.ZipFile(gallery / "thing-1.0-py3-none-any.whl", "w") as wheel:
+        # The same bytes every time.
+        for name, text in (
+            ("thing.py", "WORD = 'here'\n"),
+            (
+                "thing-1.0.dist-info/METADATA",
+                "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\nRequires-Dist: torch\n",
+            ),
+            ("thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"),
+            ("thing-1.0.dist-info/RECORD", ""),
+        ):
+            wheel.writestr(zipfile.ZipInfo(name), text)
+    settings = Settings.from_env({"TUNESMITH_HOME": str(folder / "home")})
+    (settings.home / "tmp").mkdir(parents=True, exist_ok=True)
+    storage = FolderStorage(folder / "storage")
+
+    def watch(program: Program) -> None:
+        while program.exit_code() is None:
+            time.sleep(0.01)
+
+    with SegmentWriter(storage, "log") as segments:
+        log = ProgramLog(segments)
+        environment = own_environment(
+            gallery / "requirements.txt", account="a", settings=settings, log=log, watch=watch
+        )
+        yield environment, log.tail()
+
+
+def test_requirements_are_installed_on_top_of_the_platforms_packages_and_once(tmp_path: Path) -> None:
+    with installed(tmp_path, "./thing-1.0-py3-none-any.whl\n") as (environment, said):
+        assert "Successfully installed thing-1.0" in said
+        code = "import thing, torch; print(thing.WORD, torch.__version__)"
+        done = subprocess.run([environment.python, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["here", importlib.metadata.version("torch")]
+        lock = environment.lock or ""
+        assert lock.startswith("thing==1.0 --hash=sha256:")
+        assert f"# the platform's: torch=={importlib.metadata.version('torch')}\n" in lock
+    with installed(tmp_path, "./thing-1.0-py3-none-any.whl\n") as (again, said):
+        assert (again, said) == (environment, "the environment of these requirements is there already")
+
+
+def test_requirements_that_cannot_be_installed_say_what_pip_said(tmp_path: Path) -> None:
+    with (
+        pytest.raises(SpecError, match=r"(?s)pip ended with exit code 1.*none.whl") as caught,
+        installed(tmp_path, "./none.whl\n"),
+    ):
+        pass
+    assert caught.value.code == "requirements_failed"
+    assert not list((tmp_path / "home" / "cache" / "environments" / "a").glob("*/bin"))
+
+
+def test_no_requirements_need_no_environment(tmp_path: Path) -> None:
+    with installed(tmp_path, " \n") as (environment, said):
+        assert (environment.python, environment.folder, said) == (Path(sys.executable), None, "")

@@ -64,7 +64,7 @@ def store(
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             storage.upload_file(local, f"{prefix}/{path}")
         stored.append(File(path=path, size_bytes=status.st_size, sha256=digest))
-    return stored, left_out
+    return stored, sorted(left_out)
 
 
 class Copy:
