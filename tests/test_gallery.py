@@ -245,6 +245,12 @@ def test_a_hyperparameter_that_is_not_the_methods_is_refused(
     assert says in caught.value.message
 
 
+def test_values_that_no_variable_can_hold_are_refused() -> None:
+    assert fill_in(FULL, {"labels": "y" * 99_000})
+    with pytest.raises(SpecError, match="allowed are 100000"):
+        fill_in(FULL, {"labels": "\0" * 20_000})
+
+
 def test_an_unknown_hyperparameter_names_the_nearest() -> None:
     with pytest.raises(SpecError) as caught:
         fill_in(FULL, {"label": "y"})

@@ -22,6 +22,7 @@ from trainers.metrics_file import MAX_POINTS, MAX_QUOTED, MetricsFile, Point
 from trainers.program import Program
 from trainers.program_log import MAX_LINE_BYTES, ProgramLog
 from trainers.sandbox import IsolationError, Room
+from tunesmith import processes
 from tunesmith.errors import SpecError
 from tunesmith.segments import SegmentWriter, read_segments
 from tunesmith.settings import Settings
@@ -54,7 +55,7 @@ def test_a_program_and_all_it_began_end_together(tmp_path: Path, isolation: str)
         assert program.sample().rss_bytes > 1 << 20
         children = psutil.Process(program._process.pid).children(recursive=True)
         assert any("4321" in child.cmdline() for child in children)
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert [child.cmdline() for child in children if processes.is_alive(child)] == []
 
 
 @pytest.mark.parametrize("isolation", ["bubblewrap", "none"])

@@ -172,7 +172,9 @@ class _Run:
 
     def steps(self) -> Iterator[Said]:
         yield self._phase("fetch")
-        shutil.rmtree(self._folder, ignore_errors=True)
+        # A driver or worker that was lost may have left some.
+        for left in self._folder.parent.glob(f"{self._job.id}-a*-{self._worker.rank}"):
+            shutil.rmtree(left, ignore_errors=True)
         for name in ("output", "metrics", "tmp"):
             (self._folder / name).mkdir(mode=0o700, parents=True)
         (self._settings.home / "tmp").mkdir(exist_ok=True)
@@ -197,7 +199,16 @@ class _Run:
                 self._storage.put(lock_key, environment.lock.encode())
             yield self._phase("train")
             result = yield from self._train(base, dataset, environment, log, restored=restored > 0)
+        if self._worker.rank != 0:
+            yield self._drop_output()
         yield Said(result=result)
+
+    def _drop_output(self) -> Said:
+        """Of another worker than 0 nothing is kept."""
+        count = len(outputs.walk(self._folder / "output").files)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        message = f"worker {self._worker.rank} left {count} files; only worker 0's output is kept"
+        return Said(events=[(message, {"dropped_files": count})] if count else [])
 
     def _train(
         self, base: Fetched, dataset: Fetched, environment: Environment, log: ProgramLog, *, restored: bool
@@ -221,8 +232,7 @@ class _Run:
             settings=self._settings,
         )
         metrics, stopped = MetricsFile(metrics_path), None
-        with program, self._output_kept():
-            thread = log.follow(program.output)
+        with log.following(program), self._output_kept():
             while program.exit_code() is None:
                 yield self._look(program, metrics, log)
                 try:
@@ -233,7 +243,6 @@ class _Run:
                     break
                 time.sleep(LOOK_S)
             code = program.exit_code()
-        thread.join()
         yield self._look(None, metrics, log)
         return self._result(code, stopped, log)
 

@@ -88,11 +88,10 @@ def _build(
             resources={},
             largest_file_bytes=settings.program_disk_gib << 30,
         )
-        with Program(command, cwd=requirements.parent, room=room, variables={}, settings=settings) as program:
-            thread = log.follow(program.output)
+        program = Program(command, cwd=requirements.parent, room=room, variables={}, settings=settings)
+        with log.following(program):
             watch(program)
             code = program.exit_code()
-        thread.join()
     if code != 0:
         shutil.rmtree(folder, ignore_errors=True)
         raise SpecError(

@@ -6,9 +6,11 @@ import logging
 import re
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO
 
+from trainers.program import Program
 from tunesmith.errors import StorageError
 from tunesmith.segments import SegmentWriter
 
@@ -42,6 +44,17 @@ class ProgramLog:
         self._losses: list[tuple[int, float]] = []
         self._lines_with_loss = 0
         self._written, self._waiting, self._left_out = 0, 0, 0
+
+    @contextmanager
+    def following(self, program: Program) -> Iterator[None]:
+        """Read what a program writes; when the context is left, the program has ended and all of it is read."""
+        with program:
+            thread = self.follow(program.output)
+            try:
+                yield
+            finally:
+                program.end()
+                thread.join()
 
     def follow(self, output: IO[bytes]) -> threading.Thread:
         """Read `output` to its end, in the thread that is returned."""

@@ -6,6 +6,7 @@ Nothing of it is run or imported here.
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 import warnings
@@ -25,6 +26,8 @@ FOLDER = "gallery_train"
 TRAIN, PARAMETERS, README, REQUIREMENTS = "train.py", "train_params.json", "dataset_readme.md", "requirements.txt"
 MAX_FILE_BYTES = 1 << 20
 """Of each of these files: the platform reads them, and shows two of them."""
+MAX_VALUES_BYTES = 100_000
+"""Of all hyperparameters together: `train.py` gets them in one variable, and the system allows 128 KiB."""
 MAX_PROBLEMS = 20
 """Told at once."""
 
@@ -137,7 +140,16 @@ def fill_in(method: Method, given: Mapping[str, Any]) -> dict[str, Value]:
             hint="; ".join(f"{name}: {table[name].type}, {table[name].help}".rstrip(", ") for name in missing),
             code="missing_hyperparameter",
         )
-    return {name: value for name, value in filled.items() if value is not None and name not in left_out}
+    settled = {name: value for name, value in filled.items() if value is not None and name not in left_out}
+    size = len(json.dumps(settled))
+    if size > MAX_VALUES_BYTES:
+        raise SpecError(
+            f"the hyperparameters have {size} bytes as JSON; allowed are {MAX_VALUES_BYTES}",
+            fields=["hyperparameters"],
+            hint="put what is long into a file of the dataset",
+            code="too_large",
+        )
+    return settled
 
 
 def advanced(given: Mapping[str, Any]) -> dict[str, Value]:
