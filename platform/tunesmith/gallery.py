@@ -140,7 +140,9 @@ def fill_in(method: Method, given: Mapping[str, Any]) -> dict[str, Value]:
             hint="; ".join(f"{name}: {table[name].type}, {table[name].help}".rstrip(", ") for name in missing),
             code="missing_hyperparameter",
         )
-    settled = {name: value for name, value in filled.items() if value is not None and name not in left_out}
+    settled: dict[str, Value] = {
+        name: value for name, value in filled.items() if value is not None and name not in left_out
+    }
     size = len(json.dumps(settled))
     if size > MAX_VALUES_BYTES:
         raise SpecError(
