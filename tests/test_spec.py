@@ -17,7 +17,7 @@ ORDER = {"model": "m@1", "dataset": "d@1", "flavor": "cpu-small", "output_model"
 def test_a_spec_without_a_kind_is_an_order() -> None:
     spec = parse_spec(ORDER)
     assert isinstance(spec, TrainSpec)
-    assert (spec.cards, spec.method) == (1, "LoRA")
+    assert (spec.cards, spec.method) == (1, None)
 
 
 def test_a_registration_is_a_spec_too() -> None:

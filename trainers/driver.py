@@ -57,6 +57,10 @@ def _run(attempt: Attempt) -> Result:
             from trainers.registration import run_registration
 
             return run_registration(attempt, job)
+        if job.is_custom:
+            from trainers.custom import run_custom
+
+            return run_custom(attempt, job)
         from trainers.training import run_training
 
         return run_training(attempt, job)

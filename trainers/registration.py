@@ -8,18 +8,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trainers.attempt import Attempt
 from tunesmith import catalog, layout
 from tunesmith.attempts import Result
 from tunesmith.catalog import Manifest, Table, describe_files
 from tunesmith.clock import utc_text
 from tunesmith.errors import DataError, ModelError, SpecError
+from tunesmith.model_folder import LANGUAGE_MODEL_FILES, read_model_folder, refuse_links
 from tunesmith.orders import output
-from tunesmith.spec import TEXT_TYPES, RegisterJob
+from tunesmith.spec import RegisterJob
 from tunesmith.storage import open_storage
 from tunesmith.tables import FORMATS, data_format, describe
+from tunesmith.training_types import TEXT_TYPES
 
 MAX_FILE_BYTES = 5 << 30
 MAX_DATASET_BYTES = 50 << 30
@@ -53,7 +53,10 @@ def run_registration(attempt: Attempt, job: RegisterJob) -> Result:
         **parts,
     )
     catalog.publish(attempt.storage, manifest)
-    return Result(outcome="completed", message=f"{job.asset} {job.output} is registered", time=utc_text())
+    message = f"{job.asset} {job.output} is registered"
+    if job.asset == "model" and manifest.training.reason:
+        message += f"; {manifest.training.reason}"
+    return Result(outcome="completed", message=message, time=utc_text())
 
 
 def copy_source(source: str, folder: Path, attempt: Attempt) -> None:
@@ -74,9 +77,7 @@ def copy_source(source: str, folder: Path, attempt: Attempt) -> None:
             fields=["source"],
             hint="give a full path, or an s3:// or obs:// prefix",
         )
-    links = [p for p in (path, *(path.rglob("*") if path.is_dir() else ())) if p.is_symlink()]
-    if links:
-        raise DataError(f"{links[0]} is a link; only files and folders are taken", hint="copy what it points to")
+    refuse_links(path)
     if path.is_dir():
         shutil.copytree(path, folder)
     else:
@@ -110,36 +111,49 @@ def _check_dataset(folder: Path) -> dict[str, Any]:
 
 
 def _check_model(folder: Path, job: RegisterJob) -> dict[str, Any]:
-    card = _front_matter(folder / "README.md")
-    task_type = job.task_type or card.get("task_type")
-    if not isinstance(task_type, str) or not task_type:
-        raise SpecError(
-            "the model's task type is not given",
-            fields=["task_type"],
-            hint=f"give task_type, or write it in the front matter of README.md: {', '.join(TEXT_TYPES)}, or a word of "
-            "your own for a custom model",
-        )
-    details = _check_language_model(folder) if task_type in TEXT_TYPES else {}
+    found = read_model_folder(folder, task_type=job.task_type)
+    in_image = found.gallery is not None and found.gallery.image_url is not None
+    if found.task_type in TEXT_TYPES and not in_image:
+        details, language_model = check_language_model(folder), True
+    else:
+        # The text types are among a custom model's only where it is trainable at all, and outside of an image.
+        worth_it = found.gallery is not None and not found.gallery.problems and not in_image
+        details, language_model = look_for_language_model(folder) if worth_it else ({}, False)
     if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(f"---\ntask_type: {task_type}\n---\n\n# {job.name}\n")
+        (folder / "README.md").write_text(f"---\ntask_type: {found.task_type}\n---\n\n# {job.name}\n")
     return {
-        "task_type": task_type,
-        "framework": str(card.get("framework", "PyTorch")),
-        "license": str(card["license"]) if "license" in card else None,
+        "task_type": found.task_type,
+        "framework": found.card.text("framework") or "PyTorch",
+        "license": found.card.text("license"),
         "details": details,
+        "gallery": found.gallery,
+        "language_model": language_model,
     }
 
 
-def _check_language_model(folder: Path) -> dict[str, Any]:
+def look_for_language_model(folder: Path) -> tuple[dict[str, Any], bool]:
+    """What the files in `folder` are, and whether a causal language model at all."""
+    has_weights = any(folder.glob("*.safetensors"))
+    if not has_weights or not all((folder / name).is_file() for name in LANGUAGE_MODEL_FILES):
+        return {}, False
+    try:
+        return check_language_model(folder), True
+    except ModelError as error:
+        logger.info("the model is no causal language model: %s", error.message)
+        return {}, False
+
+
+def check_language_model(folder: Path) -> dict[str, Any]:
     """Load the model as a job will, and run it once; what it is. ModelError says why it does not."""
     _convert_gguf(folder)
-    for name in ("config.json", "tokenizer.json"):
+    for name in LANGUAGE_MODEL_FILES:
         if not (folder / name).exists():
             there = ", ".join(sorted(p.name for p in folder.iterdir()))
             raise ModelError(
                 f"the model has no {name}; it has {there}",
                 fields=["source"],
-                hint="a causal language model has config.json, tokenizer.json and *.safetensors, or is one GGUF file",
+                hint="a causal language model has config.json, tokenizer.json and *.safetensors, or is one GGUF file; "
+                "a model with training of its own has another task type",
             )
     try:
         return _load(folder)
@@ -197,17 +211,3 @@ def _convert_gguf(folder: Path) -> None:
 
     convert(files[0], folder)
     files[0].unlink()
-
-
-def _front_matter(card: Path) -> dict[str, Any]:
-    """The YAML between the first two lines of `---`; empty where there is none."""
-    if not card.exists():
-        return {}
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        matter = yaml.safe_load(parts[1])
-    except yaml.YAMLError as error:
-        raise ModelError(f"the front matter of README.md is not YAML: {error}", fields=["README.md"]) from None
-    return matter if isinstance(matter, dict) else {}

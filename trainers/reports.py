@@ -114,10 +114,14 @@ class ReportWriter:
                 except (EOFError, OSError):
                     return  # the controller is gone
 
-    def _write(self, reports: list[Report]) -> None:
+    def write(self, report: Report, rank: int) -> None:
+        """Take one worker's report, for workers that do not wait for each other. One caller at a time."""
+        self._write([report], first_rank=rank)
+
+    def _write(self, reports: list[Report], first_rank: int = 0) -> None:
         first = reports[0]
         lines = [self._line(first, None, name, value) for name, value in first.values.items()]
-        for rank, report in enumerate(reports):
+        for rank, report in enumerate(reports, start=first_rank):
             lines += [self._line(report, rank, name, value) for name, value in report.sampled.items()]
         if lines:
             self._metrics.write(b"".join(line.model_dump_json().encode() + b"\n" for line in lines))

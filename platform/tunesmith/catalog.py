@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 from tunesmith import layout
 from tunesmith.errors import ConflictError, SpecError, nearest
+from tunesmith.gallery import Gallery
 from tunesmith.storage import Storage
+from tunesmith.training_types import TEXT_TYPES, TrainingTypes, training_types
 
 
 class File(BaseModel):
@@ -46,10 +48,20 @@ class Manifest(BaseModel):
     """For datasets: what each data file holds, by path."""
     details: dict[str, Any] = {}
     """For models: parameters, architecture, adapter-only and the like."""
+    gallery: Gallery | None = None
+    """For models: what it brings for its own training."""
+    language_model: bool | None = None
+    """For models: whether its files were found to be a causal language model; None: it has the task type of one."""
 
     @property
     def ref(self) -> str:
         return f"{self.name}@{self.version}"
+
+    @property
+    def training(self) -> TrainingTypes:
+        """How a model may be trained."""
+        found = self.task_type in TEXT_TYPES if self.language_model is None else self.language_model
+        return training_types(self.task_type, self.gallery, language_model=found)
 
 
 class Table(BaseModel):

@@ -91,6 +91,10 @@ class Client:
         """A version by NAME@VERSION, or the newest by NAME; likewise `dataset`."""
         return self._one(AssetView, "GET", f"/v1/models/{_part(ref)}")
 
+    def dataset_readme(self, ref: str) -> str:
+        """The `dataset_readme.md` of a model that brings its own training. NotFoundError where it brings none."""
+        return self._call("GET", f"/v1/models/{_part(ref)}/dataset-readme").text
+
     def dataset(self, ref: str) -> AssetView:
         return self._one(AssetView, "GET", f"/v1/datasets/{_part(ref)}")
 

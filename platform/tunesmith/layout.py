@@ -99,6 +99,16 @@ def evaluation(job_id: str, number: int, step: int) -> str:
     return f"{evaluations(job_id, number)}/{step}.json"
 
 
+def program_output(job_id: str, number: int) -> str:
+    """What a custom job's own program has written so far, and what it left where no model was made of it."""
+    return f"{attempt(job_id, number)}/output"
+
+
+def requirements_lock(job_id: str, number: int) -> str:
+    """The packages that were installed for a custom job."""
+    return f"{attempt(job_id, number)}/requirements.lock"
+
+
 def checkpoints(job_id: str, number: int) -> str:
     return f"{attempt(job_id, number)}/checkpoints"
 

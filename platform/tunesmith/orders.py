@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from tunesmith import layout
 from tunesmith.adapters import find_adapter
@@ -15,10 +16,13 @@ from tunesmith.catalog import Manifest, get_manifest, newest_version
 from tunesmith.columns import find_form
 from tunesmith.errors import DataError, SpecError, nearest
 from tunesmith.flavors import Flavor, get_flavor, load_flavors
+from tunesmith.gallery import advanced as gallery_advanced
+from tunesmith.gallery import fill_in
 from tunesmith.hyperparameters import ADVANCED, GUIDE, Value, for_model, resolve
 from tunesmith.settings import Settings
-from tunesmith.spec import TEXT_TYPES, RegisterJob, RegisterSpec, TrainJob, TrainSpec
+from tunesmith.spec import RegisterJob, RegisterSpec, TrainJob, TrainSpec
 from tunesmith.storage import Storage
+from tunesmith.training_types import CUSTOM
 
 
 def new_job_id() -> str:
@@ -41,17 +45,10 @@ def draft(
     model = get_manifest(storage, "model", spec.model)
     dataset = get_manifest(storage, "dataset", spec.dataset)
     training_type = _training_type(spec, model)
-    known = for_model(GUIDE, model.details, method=spec.method)
-    earlier = spec.hyperparameters.get("finetuned_model")
-    adapter = find_adapter(storage, earlier, model) if isinstance(earlier, str) else None
-    hyperparameters = resolve(spec.hyperparameters, known if adapter is None else adapter.as_defaults(known))
-    if adapter is not None:
-        adapter.check(hyperparameters)
-        hyperparameters["finetuned_model"] = adapter.ref
-    advanced = resolve(spec.advanced, ADVANCED, section="advanced")
-    _check_bits(hyperparameters["bits"], advanced["strategy"], flavor)
-    _check_files(dataset, hyperparameters)
-    _check_columns(dataset, hyperparameters, training_type)
+    if training_type == CUSTOM:
+        settled = _settle_custom(spec, model)
+    else:
+        settled = _settle_text(spec, model, dataset, training_type, flavor, storage)
     version = newest_version(storage, "model", spec.output_model) + 1
     return TrainJob(
         id=job_id,
@@ -60,9 +57,9 @@ def draft(
         model=model.ref,
         dataset=dataset.ref,
         training_type=training_type,
-        method=spec.method,
-        hyperparameters=hyperparameters,
-        advanced=advanced,
+        method=settled.method,
+        hyperparameters=settled.hyperparameters,
+        advanced=settled.advanced,
         flavor=spec.flavor,
         cards=spec.cards,
         resources=flavor.resources(),
@@ -115,17 +112,73 @@ def _draft_registration(
 
 
 def _training_type(spec: TrainSpec, model: Manifest) -> str:
-    """The training type of contracts.md, section 2, as far as the text recipe goes."""
-    asked = spec.training_type or model.task_type
-    if asked in TEXT_TYPES and model.task_type in TEXT_TYPES:
+    """The one asked for, or the model's default."""
+    types = model.training
+    if types.default is None:
+        raise SpecError(
+            f"{model.ref} cannot be trained: {types.reason}",
+            fields=["model"],
+            hint="`tunesmith models check DIR` says what its folder needs; register it again",
+            code="not_trainable",
+        )
+    asked = spec.training_type or types.default
+    if asked in types.allowed:
         return asked
-    given = f"training_type {asked!r}" if spec.training_type else f"a model of task type {model.task_type!r}"
+    why = f"; {types.reason}" if types.reason and asked == CUSTOM else ""
     raise SpecError(
-        f"{model.ref} cannot be trained with {given}; allowed: {', '.join(TEXT_TYPES)}",
+        f"{model.ref} cannot be trained with training_type {asked!r}; allowed: {', '.join(types.allowed)}{why}",
         fields=["training_type"],
-        hint="leave training_type out to train with the model's own task type",
+        hint="leave training_type out to train with the model's own",
         code="training_type_not_allowed",
     )
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What depends on the way of training."""
+
+    method: str
+    hyperparameters: dict[str, Value]
+    advanced: dict[str, Value]
+
+
+def _settle_text(
+    spec: TrainSpec, model: Manifest, dataset: Manifest, training_type: str, flavor: Flavor, storage: Storage
+) -> _Settled:
+    method = spec.method or "LoRA"
+    if method != "LoRA":
+        raise SpecError(
+            f"the method of training_type {training_type!r} is LoRA, got {method!r}",
+            fields=["method"],
+            hint=nearest(method, ["LoRA"]) or "the methods of train_params.json go with training_type: custom",
+            code="unknown_method",
+        )
+    known = for_model(GUIDE, model.details, method=method)
+    earlier = spec.hyperparameters.get("finetuned_model")
+    adapter = find_adapter(storage, earlier, model) if isinstance(earlier, str) else None
+    hyperparameters = resolve(spec.hyperparameters, known if adapter is None else adapter.as_defaults(known))
+    if adapter is not None:
+        adapter.check(hyperparameters)
+        hyperparameters["finetuned_model"] = adapter.ref
+    advanced = resolve(spec.advanced, ADVANCED, section="advanced")
+    _check_bits(hyperparameters["bits"], advanced["strategy"], flavor)
+    _check_files(dataset, hyperparameters)
+    _check_columns(dataset, hyperparameters, training_type)
+    return _Settled(method, hyperparameters, advanced)
+
+
+def _settle_custom(spec: TrainSpec, model: Manifest) -> _Settled:
+    gallery = model.gallery
+    assert gallery is not None, "the training types say that it is there"
+    if gallery.image_url is not None:
+        raise SpecError(
+            f"{model.ref} is trained in an image of its own ({gallery.image_url}), which this version cannot run",
+            fields=["model"],
+            hint="a model without Train_image_url in its card is trained by its gallery_train/train.py",
+            code="not_supported",
+        )
+    method = gallery.method(spec.method)
+    return _Settled(method.name, fill_in(method, spec.hyperparameters), gallery_advanced(spec.advanced))
 
 
 def _check_bits(bits: Value, strategy: Value, flavor: Flavor) -> None:

@@ -63,6 +63,10 @@ class Settings:
     """How long a job's processes wait for a storage that does not answer; then the attempt is lost, seconds."""
     hang_timeout_s: float = 1800.0
     """A worker that makes no progress for so long says where it stands and is started again, seconds."""
+    isolation: str = "bubblewrap"
+    """How users' programs are kept apart: `bubblewrap`, or `none`, by which they run unprotected as the node's user."""
+    program_disk_gib: int = 100
+    """What a user's program may write to the disk of its node in all, GiB."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -84,6 +88,8 @@ class Settings:
             if variable not in known:
                 raise SpecError(f"unknown setting {variable}", hint=f"the settings are {', '.join(sorted(known))}")
             values[known[variable]] = _parse(variable, text, cls.__annotations__[known[variable]])
+        if values.get("isolation", "bubblewrap") not in ("bubblewrap", "none"):
+            raise SpecError(f"{PREFIX}ISOLATION must be bubblewrap or none, got {values['isolation']!r}")
         return cls(**values)  # type: ignore[arg-type]
 
     def to_env(self) -> dict[str, str]:
@@ -110,8 +116,8 @@ class Settings:
         return f"http://127.0.0.1:{self.ray_dashboard_port}"
 
 
-_OTHERS = {PREFIX + "ATTEMPT", PREFIX + "URL", PREFIX + "TOKEN", PREFIX + "PLATFORM"}
-"""Variables that belong to one process: the driver's attempt; the CLI's door and token; the mark of `tunesmith up`."""
+_OTHERS = {PREFIX + name for name in ("ATTEMPT", "URL", "TOKEN", "PLATFORM", "PROGRAM")}
+"""Variables that belong to one process: the driver's attempt; the CLI's door and token; marks of what was started."""
 
 
 def _parse(variable: str, text: str, annotation: str) -> object:

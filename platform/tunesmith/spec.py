@@ -9,10 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from tunesmith.errors import SpecError, nearest
 from tunesmith.hyperparameters import ADVANCED, GUIDE, json_schema
+from tunesmith.training_types import CUSTOM
 
 SCHEMA_VERSION = 1
 
-TEXT_TYPES = ("text-question-answering", "text-generation")
+
+# A custom model has names of its own.
+_HYPERPARAMETERS = {**json_schema(GUIDE), "additionalProperties": True}
 
 
 class Frozen(BaseModel):
@@ -29,9 +32,11 @@ class TrainSpec(Frozen):
     model: str
     dataset: str
     training_type: str | None = None
-    """Default: the model's task type."""
-    method: Literal["LoRA"] = "LoRA"
-    hyperparameters: Annotated[dict[str, Any], WithJsonSchema(json_schema(GUIDE))] = {}
+    """`text-question-answering`, `text-generation` or `custom`; default: the model's."""
+    method: str | None = None
+    """Default: `LoRA`; with `custom`, the only method in the model's `train_params.json`."""
+    hyperparameters: Annotated[dict[str, Any], WithJsonSchema(_HYPERPARAMETERS)] = {}
+    """Those of the text recipe; with `custom`, those of the method."""
     advanced: Annotated[dict[str, Any], WithJsonSchema(json_schema(ADVANCED))] = {}
     flavor: str
     cards: int = Field(default=1, ge=1, le=1024)
@@ -67,8 +72,9 @@ class TrainJob(Frozen):
     """`NAME@VERSION`, the version always given."""
     dataset: str
     training_type: str
-    method: Literal["LoRA"] = "LoRA"
+    method: str = "LoRA"
     hyperparameters: dict[str, Any]
+    """Of a custom job: what `train.py` gets."""
     advanced: dict[str, Any]
     flavor: str
     cards: int
@@ -85,6 +91,11 @@ class TrainJob(Frozen):
     job_url: str
     """Prefix of the job."""
     created_at: str
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the model's own `train.py` trains it."""
+        return self.training_type == CUSTOM
 
 
 class RegisterJob(Frozen):

@@ -7,8 +7,10 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from tunesmith.catalog import File, Manifest, Table
+from tunesmith.gallery import Gallery
 from tunesmith.orders import output
 from tunesmith.records import Event, Record
+from tunesmith.training_types import TrainingTypes
 
 T = TypeVar("T")
 
@@ -116,6 +118,10 @@ class AssetView(View):
     files: list[File]
     tables: dict[str, Table]
     details: dict[str, Any]
+    training: TrainingTypes | None
+    """For models: how it may be trained."""
+    gallery: Gallery | None
+    """For models: what it brings for its own training."""
 
 
 def job_view(record: Record) -> JobView:
@@ -170,4 +176,6 @@ def asset_view(manifest: Manifest) -> AssetView:
         files=manifest.files,
         tables=manifest.tables,
         details=manifest.details,
+        training=manifest.training if manifest.kind == "model" else None,
+        gallery=manifest.gallery,
     )

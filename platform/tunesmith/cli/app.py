@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tunesmith.cli import assets, audits, evaluations, jobs, machine, orders
+from tunesmith.cli import assets, audits, evaluations, jobs, machine, model_folders, orders
 
 _HELP = """
 Fine-tuning on Ray: pick a model, pick data, order a job, watch it, get a new model.
@@ -32,6 +32,9 @@ _models = typer.Typer(help="Models: what jobs start from, and what they make.", 
 _models.command("list")(assets.list_models)
 _models.command("show")(assets.show_model)
 _models.command("register")(assets.register_model)
+_models.command("check")(model_folders.check_model)
+_models.command("init")(model_folders.init_model)
+_models.command("dataset-readme")(assets.show_dataset_readme)
 app.add_typer(_models, name="models")
 
 _datasets = typer.Typer(help="Datasets: what jobs train on.", no_args_is_help=True)

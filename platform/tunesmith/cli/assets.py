@@ -39,6 +39,12 @@ def show_model(ref: Ref, as_json: AsJson = False) -> None:
     answer(view, as_json, lambda: tables.asset(view))
 
 
+def show_dataset_readme(ref: Ref) -> None:
+    """What a model that brings its own training says its datasets must look like."""
+    with open_client() as client:
+        typer.echo(client.dataset_readme(ref).rstrip("\n"))
+
+
 def register_model(
     name: NewName,
     source: Source,

@@ -63,13 +63,16 @@ def with_flags(
 
 
 def _typed(text: str, section: str, known: Sequence[Hyperparameter]) -> tuple[str, Value]:
-    """Name and value of one NAME=VALUE. What does not fit the type stays a text, which the door refuses."""
+    """Name and value of one NAME=VALUE. What does not fit the type stays a text, which the door refuses.
+
+    A name of a model's own, whose type is not known here, has the value that it would have in YAML.
+    """
     name, sign, raw = text.partition("=")
     if not sign or not name:
         raise SpecError(f"a hyperparameter is given as NAME=VALUE, got {text!r}", fields=[section])
     h = next((h for h in known if h.name == name), None)
     if h is None:
-        return name, raw
+        return name, _scalar(raw)
     if raw == "" and h.optional:
         return name, None
     if h.type is bool:
@@ -78,3 +81,11 @@ def _typed(text: str, section: str, known: Sequence[Hyperparameter]) -> tuple[st
         return name, h.type(raw)
     except ValueError:
         return name, raw
+
+
+def _scalar(raw: str) -> Value:
+    try:
+        value = yaml.load(raw, _Loader)
+    except (yaml.YAMLError, ValueError):
+        return raw
+    return value if value is None or type(value) in (str, int, float, bool) else raw

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 File = Annotated[str | None, typer.Argument(help="The order as YAML or JSON; `-`: from stdin. Flags override it.")]
 Model = Annotated[str | None, typer.Option(metavar="NAME[@VERSION]", help="What to tune.")]
 Dataset = Annotated[str | None, typer.Option(metavar="NAME[@VERSION]", help="What to train on.")]
-Type = Annotated[str | None, typer.Option(help="text-question-answering or text-generation; default: the model's.")]
+Type = Annotated[
+    str | None, typer.Option(help="text-question-answering, text-generation or custom; default: the model's.")
+]
+MethodName = Annotated[str | None, typer.Option("--method", help="LoRA; with custom, one of the model's own.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="A hyperparameter.")]
 Advanced = Annotated[list[str] | None, typer.Option("--advanced", "-a", metavar="NAME=VALUE", help="An advanced one.")]
 FlavorName = Annotated[str | None, typer.Option(help="What one worker gets; `tunesmith flavors list`.")]
@@ -39,6 +42,7 @@ def submit(
     model: Model = None,
     dataset: Dataset = None,
     training_type: Type = None,
+    method: MethodName = None,
     set_: Set = None,
     advanced: Advanced = None,
     flavor: FlavorName = None,
@@ -53,7 +57,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Order a job: show what it comes to, ask, submit."""
-    flags = _flags(model, dataset, training_type, flavor, cards, output_model, name, priority, max_run_time_s)
+    flags = _flags(model, dataset, training_type, method, flavor, cards, output_model, name, priority, max_run_time_s)
     spec = _spec(file, flags, set_, advanced)
     if spec.kind == "register":
         raise SpecError("the file describes a registration", hint=f"tunesmith {spec.asset}s register NAME SOURCE")
@@ -75,6 +79,7 @@ def render(
     model: Model = None,
     dataset: Dataset = None,
     training_type: Type = None,
+    method: MethodName = None,
     set_: Set = None,
     advanced: Advanced = None,
     flavor: FlavorName = None,
@@ -92,7 +97,7 @@ def render(
     from tunesmith.orders import draft, new_job_id
     from tunesmith.storage import open_storage
 
-    flags = _flags(model, dataset, training_type, flavor, cards, output_model, name, priority, max_run_time_s)
+    flags = _flags(model, dataset, training_type, method, flavor, cards, output_model, name, priority, max_run_time_s)
     spec = _spec(file, flags, set_, advanced)
     settings = Settings.from_env()
     storage = open_storage(settings.storage_url, settings)
@@ -129,7 +134,7 @@ def submit_command(url: str, settings: Settings) -> str:
 
 
 def _flags(*given: Any) -> dict[str, Any]:
-    names = ("model", "dataset", "training_type", "flavor", "cards", "output_model", "name", "priority",
+    names = ("model", "dataset", "training_type", "method", "flavor", "cards", "output_model", "name", "priority",
              "max_run_time_s")  # fmt: skip
     return {name: value for name, value in zip(names, given, strict=True) if value is not None}
 

@@ -183,9 +183,11 @@ class _Lines(_Display):
         self._shown_at = float("-inf")
 
     def show(self, job: JobView, course: Course) -> None:
-        if course.total_steps is None:
+        if course.total_steps is None and course.step == 0:
             return  # until it trains, its events say all there is
-        line = f"step {course.step}/{course.total_steps}  {course.figures()}"
+        # How many steps there will be, a custom model's program does not say.
+        total = "" if course.total_steps is None else f"/{course.total_steps}"
+        line = f"step {course.step}{total}  {course.figures()}"
         due = self._clock() >= self._shown_at + self._every_s or job.state in FINAL
         if line != self._shown and due:
             self._console.print(line, soft_wrap=True)

@@ -13,7 +13,9 @@ from tunesmith.hyperparameters import SECTIONS, Hyperparameter, bounds, for_mode
 if TYPE_CHECKING:
     from tunesmith.attempts import MetricLine
     from tunesmith.flavors import Flavor
+    from tunesmith.gallery import Gallery, Parameter
     from tunesmith.spec import TrainJob
+    from tunesmith.training_types import TrainingTypes
     from tunesmith.views import AssetView, JobView
 
 STYLES = {"completed": "green", "failed": "red", "stopped": "yellow", "stopping": "yellow", "running": "cyan"}
@@ -131,9 +133,20 @@ def asset(view: AssetView) -> Table:
             ("size", _size(view.size_bytes)),
             *((f"data in {path}", f"{t.rows} rows: {', '.join(t.columns)}") for path, t in view.tables.items()),
             *((name.replace("_", " "), value) for name, value in view.details.items()),
+            *(training(view.training, view.gallery) if view.training is not None else ()),
             ("files", "\n".join(f"{file.path}  {_size(file.size_bytes)}" for file in view.files)),
         ]
     )
+
+
+def training(types: TrainingTypes, gallery: Gallery | None) -> list[tuple[str, object]]:
+    """How a model may be trained, and what its own training takes."""
+    named = [f"{name} (default)" if name == types.default else name for name in types.allowed]
+    rows: list[tuple[str, object]] = [("training types", ", ".join(named) or "none"), ("reason", types.reason)]
+    if gallery is not None:
+        rows += [("image", gallery.image_url), ("problems", "\n".join(gallery.problems))]
+        rows += [(f"method {m.name}", "\n".join(map(_parameter, m.hyperparameters)) or "-") for m in gallery.methods]
+    return rows
 
 
 def flavors(rows: Iterable[Flavor]) -> Table:
@@ -171,14 +184,26 @@ def _metric_name(line: MetricLine) -> str:
 
 
 def _changed(spec: Mapping[str, Any], details: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """The hyperparameters of a resolved spec that differ from the defaults for a model with these details."""
+    """The hyperparameters of a resolved spec that differ from the defaults for a model with these details.
+
+    Of a custom job all: the model's own defaults are not looked up.
+    """
     found: list[tuple[str, object]] = []
+    custom = spec.get("training_type") == "custom"
+    if custom:
+        found += [(name, _value(value)) for name, value in spec["hyperparameters"].items()]
     for section, known in SECTIONS.items():
-        given = spec.get(section, {})
+        given = {} if custom and section == "hyperparameters" else spec.get(section, {})
         for h in for_model(known, details):
             if h.name in given and given[h.name] != h.default:
                 found.append((h.name, f"{_value(given[h.name])} (default {_value(h.default)})"))
     return found
+
+
+def _parameter(p: Parameter) -> str:
+    facts = [p.type, "required" if p.required else "optional"]
+    facts += [] if p.default is None else [f"default {_value(p.default)}"]
+    return f"{p.name}  {', '.join(facts)}" + (f": {p.help}" if p.help else "")
 
 
 def _allowed(h: Hyperparameter) -> str:

@@ -1,0 +1,398 @@
+"""One worker of a custom job: `train.py` as a child in its room, followed until it ends. A Ray task runs this."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainers import outputs
+from trainers.environments import Environment, own_environment
+from trainers.fetch import Fetched, fetch
+from trainers.metrics_file import MetricsFile
+from trainers.program import Program
+from trainers.program_log import ProgramLog
+from trainers.reports import Report
+from trainers.sandbox import Room
+from tunesmith import attempts, layout
+from tunesmith.attempts import Result
+from tunesmith.catalog import File
+from tunesmith.clock import utc_text
+from tunesmith.errors import LeaseLostError, NotFoundError, OutOfMemoryError, SpecError, StorageError, TunesmithError
+from tunesmith.flavors import get_flavor
+from tunesmith.gallery import FOLDER, REQUIREMENTS, TRAIN
+from tunesmith.orders import output
+from tunesmith.segments import SegmentWriter
+from tunesmith.settings import Settings
+from tunesmith.spec import TrainJob
+from tunesmith.storage import Storage, open_storage
+
+LOOK_S = 0.5
+"""Between two looks at the program, its metrics and its limits."""
+STOP_LOOK_S = 2.0
+"""Between two looks at the stop object in storage."""
+COPY_S = 30.0
+"""Between two looks for new files in the output, which are then kept in storage."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What one worker is to do."""
+
+    job: TrainJob
+    attempt: int
+    storage_url: str
+    deadline: float | None
+    """Seconds since the epoch at which the job is stopped."""
+    rank: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.job.id}-a{self.attempt}-{self.rank}"
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a worker tells the driver on its way; at the end with its result."""
+
+    reports: list[Report] = field(default_factory=list)
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Messages with their data."""
+    result: Result | None = None
+
+
+class _StopError(Exception):
+    """The job is to stop, for the reason `args[0]`."""
+
+
+def run_worker(worker: Worker) -> Iterator[Said]:
+    """Run `train.py` to its end, telling how it goes. What ends it is in the last thing said."""
+    settings = Settings.from_env()
+    storage = open_storage(worker.storage_url, settings)
+    try:
+        yield from _Run(worker, storage, settings).steps()
+    except _StopError as stop:
+        result = Result(outcome="stopped", reason=stop.args[0], time=utc_text())
+        yield Said(result=result)
+    except TunesmithError as error:
+        yield Said(result=attempts.failure(error))
+
+
+def free_port() -> int:
+    """A port of this node that was free just now."""
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def publish_output(worker: Worker) -> tuple[list[File], list[str], bool]:
+    """Store the output as the new model's files; the files, what was left out, and whether they are a language model.
+
+    What the base model has of `gallery_train/` and README.md goes with it as it is.
+    """
+    settings = Settings.from_env()
+    storage = open_storage(worker.storage_url, settings)
+    if storage.exists(layout.result(worker.job.id, worker.attempt)):
+        raise LeaseLostError(f"attempt {worker.attempt} was given up for lost; it publishes nothing")
+    from trainers.registration import look_for_language_model
+
+    base = fetch(worker.job.model_url, settings)
+    own = _folder(settings, worker) / "own"
+    _write_own(worker, base.folder, own, storage)
+    kept = set(outputs.walk(own).files)
+    prefix = layout.asset_files(*output(worker.job))
+    folder = _folder(settings, worker) / "output"
+
+    def is_kept(path: str) -> bool:
+        return path in kept or path.startswith(f"{FOLDER}/")
+
+    files, left_out = outputs.store(storage, folder, prefix, leave_out=is_kept)
+    files += outputs.store(storage, own, prefix)[0]
+    language_model = not left_out and look_for_language_model(folder)[1]
+    storage.delete_folder(layout.program_output(worker.job.id, worker.attempt))
+    shutil.rmtree(_folder(settings, worker), ignore_errors=True)
+    return sorted(files, key=lambda file: file.path), left_out, language_model
+
+
+def keep_output(worker: Worker) -> list[str]:
+    """Store what a run that made no model has left as the attempt's own; the paths."""
+    settings = Settings.from_env()
+    storage = open_storage(worker.storage_url, settings)
+    folder = _folder(settings, worker)
+    files, _ = outputs.store(
+        storage, folder / "output", layout.program_output(worker.job.id, worker.attempt)
+    ) if (folder / "output").is_dir() else ([], [])  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    return [file.path for file in files]
+
+
+def _folder(settings: Settings, worker: Worker) -> Path:
+    return settings.home / "runs" / worker.folder_name
+
+
+def _write_own(worker: Worker, base: Path, own: Path, storage: Storage) -> None:
+    """The files of the new model that are not the program's."""
+    job = worker.job
+    shutil.copytree(base / FOLDER, own / FOLDER)
+    if (base / "README.md").is_file():
+        shutil.copyfile(base / "README.md", own / "README.md")
+    (own / "training_logs").mkdir()
+    filled = {"data_url": job.dataset_url, "train_url": job.output_url, "method": job.method, **job.advanced}
+    text = json.dumps({**filled, **job.hyperparameters}, indent=2, ensure_ascii=False)
+    (own / "training_logs" / "user_params.json").write_text(text, encoding="utf-8")
+    try:
+        lock = storage.get(layout.requirements_lock(job.id, worker.attempt))
+    except NotFoundError:
+        return
+    (own / "training_logs" / "requirements.lock").write_bytes(lock)
+
+
+class _Run:
+    def __init__(self, worker: Worker, storage: Storage, settings: Settings) -> None:
+        self._worker, self._storage, self._settings = worker, storage, settings
+        self._job = worker.job
+        self._folder = _folder(settings, worker)
+        self._memory_bytes = get_flavor(self._job.flavor).memory_gib << 30
+        self._next_stop_look = 0.0
+        self._step = 0
+
+    def steps(self) -> Iterator[Said]:
+        yield self._phase("fetch")
+        # A driver or worker that was lost may have left some.
+        for left in self._folder.parent.glob(f"{self._job.id}-a*-{self._worker.rank}"):
+            shutil.rmtree(left, ignore_errors=True)
+        for name in ("output", "metrics", "tmp"):
+            (self._folder / name).mkdir(mode=0o700, parents=True)
+        (self._settings.home / "tmp").mkdir(exist_ok=True)
+        base, dataset = fetch(self._job.model_url, self._settings), fetch(self._job.dataset_url, self._settings)
+        restored = self._restore_output() if self._worker.rank == 0 else 0
+        if restored:
+            message = f"the output has {restored} files that an earlier attempt left"
+            yield Said(events=[(message, {"restored_files": restored})])
+        key = layout.logs(self._job.id, self._worker.attempt, str(self._worker.rank))
+        with SegmentWriter(self._storage, key, max_age_s=self._settings.segment_s) as segments:
+            log = ProgramLog(segments)
+            yield self._phase("environment")
+            environment = own_environment(
+                base.folder / FOLDER / REQUIREMENTS,
+                account=self._job.account,
+                settings=self._settings,
+                log=log,
+                watch=self._wait,
+            )
+            if environment.lock is not None and self._worker.rank == 0:
+                lock_key = layout.requirements_lock(self._job.id, self._worker.attempt)
+                self._storage.put(lock_key, environment.lock.encode())
+            yield self._phase("train")
+            result = yield from self._train(base, dataset, environment, log, restored=restored > 0)
+        if self._worker.rank != 0:
+            yield self._drop_output()
+        yield Said(result=result)
+
+    def _drop_output(self) -> Said:
+        """Of another worker than 0 nothing is kept."""
+        count = len(outputs.walk(self._folder / "output").files)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        message = f"worker {self._worker.rank} left {count} files; only worker 0's output is kept"
+        return Said(events=[(message, {"dropped_files": count})] if count else [])
+
+    def _train(
+        self, base: Fetched, dataset: Fetched, environment: Environment, log: ProgramLog, *, restored: bool
+    ) -> Generator[Said, None, Result]:
+        """Says how it goes; at its end the result."""
+        own = [environment.folder] if environment.folder is not None else []
+        room = Room(
+            readable=[base.folder, dataset.folder, *own],
+            writable=[self._folder / "output", self._folder / "metrics"],
+            temporary=self._folder / "tmp",
+            network=self._job.cards > 1,
+            resources=self._job.resources,
+            largest_file_bytes=self._settings.program_disk_gib << 30,
+        )
+        metrics_path = self._folder / "metrics" / "metrics.log"
+        program = Program(
+            [str(environment.python), TRAIN],
+            cwd=base.folder / FOLDER,
+            room=room,
+            variables=self._variables(base.folder, dataset.folder, metrics_path, restored=restored),
+            settings=self._settings,
+        )
+        metrics, stopped = MetricsFile(metrics_path), None
+        with log.following(program), self._output_kept():
+            while program.exit_code() is None:
+                yield self._look(program, metrics, log)
+                try:
+                    self._check(program)
+                except _StopError as stop:
+                    stopped = stop.args[0]
+                    yield from self._stop(program, stopped)
+                    break
+                time.sleep(LOOK_S)
+            code = program.exit_code()
+        yield self._look(None, metrics, log)
+        return self._result(code, stopped, log)
+
+    def _stop(self, program: Program, reason: str) -> Iterator[Said]:
+        """SIGTERM, a wait, and then the end of it."""
+        if reason == "worker_lost":
+            return
+        grace_s = self._settings.stop_grace_s / 2
+        if self._worker.rank == 0:
+            message = f"{TRAIN} was sent SIGTERM; after {grace_s:g} s it is killed"
+            yield Said(events=[(message, {"grace_s": grace_s})])
+        program.terminate()
+        ends_at = time.monotonic() + grace_s
+        while program.exit_code() is None and time.monotonic() < ends_at:
+            time.sleep(0.1)
+
+    def _result(self, code: int | None, stopped: str | None, log: ProgramLog) -> Result:
+        if stopped is not None:
+            how = "was killed" if code is None else f"ended with exit code {code}"
+            return Result(outcome="stopped", reason=stopped, message=f"{TRAIN} {how}", time=utc_text())
+        if code == 0:
+            return Result(outcome="completed", time=utc_text(), summary={"steps": self._step})
+        how = f"exit code {code}" if code is not None and code < 128 else f"signal {(code or 128) - 128}"
+        raise SpecError(
+            f"{TRAIN} of worker {self._worker.rank} ended with {how}; its last lines:\n{log.tail()}",
+            hint="the worker's log has all that it wrote"
+            + ("; signal 9 may be the node's memory that ran out" if code == 137 else ""),
+            code="train_failed",
+        )
+
+    def _look(self, program: Program | None, metrics: MetricsFile, log: ProgramLog) -> Said:
+        """What is new; `program`: it runs, and is sampled."""
+        look, losses = metrics.look(at_end=program is None), log.losses()
+        reports: list[Report] = []
+        events: list[tuple[str, dict[str, Any]]] = []
+        # One curve: workers that train together have one loss.
+        if self._worker.rank == 0:
+            for point in look.points:
+                self._step = point.step
+                values = {"loss": point.loss, "throughput": point.throughput}
+                reports.append(Report(time=utc_text(), step=point.step, values=values))
+            if not metrics.seen:
+                for step, loss in losses:
+                    self._step = step
+                    reports.append(Report(time=utc_text(), step=step, values={"loss": loss}))
+            events = [(f"a malformed line of the metrics file, {each}", {"malformed": each}) for each in look.malformed]
+            if program is None and metrics.malformed_lines > len(events):
+                count = metrics.malformed_lines
+                events.append((f"the metrics file has {count} malformed lines", {"malformed_lines": count}))
+        if program is not None:
+            sample = program.sample()
+            if sample.rss_bytes > self._memory_bytes:
+                raise OutOfMemoryError(
+                    f"{TRAIN} of worker {self._worker.rank} takes {sample.rss_bytes >> 20} MiB of memory; "
+                    f"flavor {self._job.flavor} has {self._memory_bytes >> 20}",
+                    hint="use less at a time, or choose a larger flavor",
+                )
+            sampled = {
+                "cpu_utilisation_percent": sample.cpu_percent,
+                "memory_rss_bytes": float(sample.rss_bytes),
+            }
+            reports.append(Report(time=utc_text(), step=self._step, sampled=sampled))
+        return Said(reports=reports, events=events)
+
+    def _wait(self, program: Program) -> None:
+        """Until a program ends by itself."""
+        while program.exit_code() is None:
+            self._check(program)
+            time.sleep(0.1)
+
+    def _check(self, program: Program) -> None:
+        """Raises what keeps a program from going on."""
+        now = time.monotonic()
+        if now < self._next_stop_look:
+            return
+        self._next_stop_look = now + STOP_LOOK_S
+        size, limit = outputs.walk(self._folder).size_bytes, self._settings.program_disk_gib << 30
+        if size > limit:
+            raise SpecError(
+                f"{TRAIN} of worker {self._worker.rank} has written {size >> 20} MiB; allowed are {limit >> 20}",
+                hint="delete checkpoints that are not needed; the operator sets TUNESMITH_PROGRAM_DISK_GIB",
+                code="too_much_output",
+            )
+        deadline = self._worker.deadline
+        if deadline is not None and time.time() > deadline:
+            raise _StopError("time_limit")
+        try:
+            if self._storage.exists(layout.stop(self._job.id)):
+                raise _StopError("stopped_by_user")
+            if self._storage.exists(layout.result(self._job.id, self._worker.attempt)):
+                raise _StopError("worker_lost")
+        except StorageError as error:
+            logger.warning("%s: the stop object could not be looked for: %s", self._job.id, error)
+
+    def _restore_output(self) -> int:
+        """Bring back what the newest earlier attempt has written; the number of files."""
+        for number in range(self._worker.attempt - 1, 0, -1):
+            key = layout.program_output(self._job.id, number)
+            if any(True for _ in self._storage.entries(key)):
+                self._storage.download_folder(key, self._folder / "output")
+                return len(outputs.walk(self._folder / "output").files)
+        return 0
+
+    @contextmanager
+    def _output_kept(self) -> Iterator[None]:
+        """Keep a copy of rank 0's output in storage, beside the training."""
+        if self._worker.rank != 0:
+            yield
+            return
+        key = layout.program_output(self._job.id, self._worker.attempt)
+        copy, done = outputs.Copy(self._storage, self._folder / "output", key), threading.Event()
+
+        def keep() -> None:
+            while not done.wait(min(COPY_S, 6 * self._settings.segment_s)):
+                _logged(copy.update, self._job.id)
+
+        thread = threading.Thread(target=keep, name="output", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _variables(self, model: Path, dataset: Path, metrics: Path, *, restored: bool) -> dict[str, str]:
+        given = {
+            "ENV_AG_MODEL_DIR": str(model),
+            "ENV_AG_DATASET_DIR": str(dataset),
+            "ENV_AG_USER_PARAMS": json.dumps(self._job.hyperparameters),
+            "ENV_AG_TRAIN_OUTPUT_DIR": str(self._folder / "output"),
+            "ENV_AG_USER_METRICS_LOG_PATH": str(metrics),
+            "ENV_AG_OUTPUT_RESTORED": "1" if restored else "0",
+        }
+        if self._job.cards == 1:
+            return given
+        return given | {
+            "RANK": str(self._worker.rank),
+            "WORLD_SIZE": str(self._job.cards),
+            "LOCAL_RANK": str(self._worker.local_rank),
+            "MASTER_ADDR": self._worker.master_addr,
+            "MASTER_PORT": str(self._worker.master_port),
+        }
+
+    def _phase(self, phase: str) -> Said:
+        """A phase begins; rank 0 says so for all."""
+        return Said(reports=[Report(time=utc_text(), step=0, phase=phase)] if self._worker.rank == 0 else [])
+
+
+def _logged(work: Callable[[], None], job_id: str) -> None:
+    try:
+        work()
+    except (TunesmithError, OSError) as error:
+        logger.warning("%s: the output is kept later: %s", job_id, error)
