@@ -20,6 +20,7 @@ from trainers.loss import loss_sum
 from trainers.passes import pack
 from trainers.quantization import QuantizedLinear, unpacked
 from trainers.shards import TokenizedRows
+from trainers.strategies import trained_parameters
 from trainers.tokenized import tokenize_rows
 from tunesmith.errors import ModelError, SpecError
 from tunesmith.spec import TrainJob
@@ -127,6 +128,10 @@ def quantized(model: Any) -> dict[str, QuantizedLinear]:
 
 
 # The base
+
+
+def write(model: Any, base: Path, folder: Path, job: TrainJob) -> None:
+    products.write_products(model, trained_parameters(model), base, folder, job)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -271,8 +276,8 @@ def test_an_earlier_adapter_goes_on_over_a_base_of_other_bits(
 def test_the_merged_model_is_the_full_base_and_the_adapter(model_folder: Path, tmp_path: Path, bits: int) -> None:
     from transformers import AutoModelForCausalLM
 
-    products.write_products(tuned(model_folder, bits), model_folder, tmp_path / "quantized", make_job(bits))
-    products.write_products(tuned(model_folder, None), model_folder, tmp_path / "full", make_job(None))
+    write(tuned(model_folder, bits), model_folder, tmp_path / "quantized", make_job(bits))
+    write(tuned(model_folder, None), model_folder, tmp_path / "full", make_job(None))
     merged, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("quantized", "full"))
     assert merged.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
@@ -295,7 +300,7 @@ def test_a_merge_that_leaves_the_scale_out_is_not_published(
     right = LoraLinear.get_delta_weight
     monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda layer, name: right(layer, name) / layer.scaling[name])
     with pytest.raises(ModelError) as caught:
-        products.write_products(tuned(model_folder, 4), model_folder, tmp_path / "new", make_job(4))
+        write(tuned(model_folder, 4), model_folder, tmp_path / "new", make_job(4))
     assert caught.value.code == "merge_failed"
 
 
@@ -308,7 +313,7 @@ def test_the_adapter_loads_in_stock_peft_on_the_full_and_on_the_quantized_base(
 
     model = tuned(model_folder, bits)
     ours = logits(model)
-    products.write_products(model, model_folder, tmp_path / "new", make_job(bits, merge_adapter=False))
+    write(model, model_folder, tmp_path / "new", make_job(bits, merge_adapter=False))
     full = AutoModelForCausalLM.from_pretrained(model_folder)
     adapted = PeftModel.from_pretrained(full, tmp_path / "new" / "adapter").eval()
     torch.testing.assert_close(logits(adapted), logits(tuned(model_folder, None)), atol=1e-4, rtol=0)
