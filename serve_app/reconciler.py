@@ -14,7 +14,7 @@ from functools import partial
 from serve_app.launcher import Launcher, submission_id
 from serve_app.lease import LeasedRecords
 from serve_app.turns import take_turns
-from serve_app.watch import Watch
+from serve_app.watch import Watch, became
 from tunesmith import attempts, layout
 from tunesmith.errors import ConflictError, LeaseLostError, SpecError, StorageError, UnavailableError
 from tunesmith.records import Record, RecordStore
@@ -54,6 +54,8 @@ class Reconciler:
         """Folders that hold no job which could be adopted; said once."""
         self._unclaimed: set[tuple[str, int]] = set()
         """Next attempts of queued jobs that nobody had claimed."""
+        self._lost_at: dict[tuple[str, int], float] = {}
+        """When the last attempts of queued jobs were lost, seconds since the epoch."""
         self._complaints: dict[str, str] = {}
 
     def round(self) -> None:
@@ -111,7 +113,7 @@ class Reconciler:
         for record in self._records_in("queued"):
             if (record.id, record.status.attempt + 1) not in self._unclaimed:
                 self._guarded(record.id, partial(self._take_claimed, record))
-        queued = list(self._records_in("queued"))
+        queued = [record for record in self._records_in("queued") if not self._rests(record)]
         if not queued:
             return
         turns = take_turns(queued, self._records_in(*ON_CLUSTER), self._launcher.capacity())
@@ -120,6 +122,16 @@ class Reconciler:
         for record, why in turns.waiting:
             if record.status.message != why:
                 self._guarded(record.id, partial(self._records.change, record, Change(message=why)))
+
+    def _rests(self, record: Record) -> bool:
+        """Whether the pause after a lost attempt is not over yet."""
+        attempt = record.status.attempt
+        if attempt == 0:
+            return False
+        key = (record.id, attempt)
+        if key not in self._lost_at:
+            self._lost_at[key] = became(self._records.store, record, "queued")
+        return self._clock() < self._lost_at[key] + attempts.retry_pause_s(attempt)
 
     def _take_claimed(self, record: Record) -> None:
         """A next attempt that runs already, started without a door, needs no turn."""
@@ -136,6 +148,7 @@ class Reconciler:
         change = Change(state="preparing", attempt=attempt)
         self._records.change(record, change, submission_id=submission_id(record.id, attempt))
         self._unclaimed.discard((record.id, attempt))
+        self._lost_at.pop((record.id, record.status.attempt), None)
 
     def _purge(self, job_id: str) -> None:
         """Remove a deleted job's folder; what it published stays."""

@@ -20,7 +20,7 @@ from tunesmith.attempts import Claim, EventLine, Result
 from tunesmith.catalog import Manifest
 from tunesmith.errors import ConflictError, NotFoundError
 from tunesmith.orders import output
-from tunesmith.records import Line, Record
+from tunesmith.records import Line, Record, RecordStore
 from tunesmith.settings import Settings
 from tunesmith.spec import RegisterJob
 from tunesmith.states import FINAL, Change
@@ -109,7 +109,7 @@ class Watch:
         stopping = record.status.state == "stopping"
         if stopping and record.id not in self._stopping_since:
             attempts.request_stop(self._storage, record.id, record.status.reason or "stopped_by_user")
-            self._stopping_since[record.id] = self._stop_time(record)
+            self._stopping_since[record.id] = became(self._records.store, record, "stopping")
         claim = self._claim(record)
         # Who holds the claim is the driver, whoever started it.
         owner = claim.submission_id if claim else record.submission_id
@@ -147,14 +147,6 @@ class Watch:
                 return None
         message = f"stopped without a last checkpoint: it had not ended after {waited_s:.0f} s"
         return self._fence(record, owner, "stopped", record.status.reason or "stopped_by_user", message)
-
-    def _stop_time(self, record: Record) -> float:
-        """When the job became `stopping`, from its events: a restart does not begin the grace anew."""
-        events, last = self._records.store.events(record.id), record.updated_at
-        while events:
-            last = next((event.time for event in reversed(events) if event.change.state == "stopping"), last)
-            events = self._records.store.events(record.id, after=events[-1].seq)
-        return clock.seconds(last)
 
     def _bury(self, record: Record, told: RayJob | None, owner: str | None) -> Result:
         """The end of an attempt whose driver is gone without a result."""
@@ -205,7 +197,9 @@ class Watch:
         more = attempt <= retries
         what = f"attempt {attempt} was lost: {result.message}"
         if more:
-            change = Change(state="queued", reason="worker_lost", message=f"{what}; attempt {attempt + 1} follows")
+            pause_s = attempts.retry_pause_s(attempt)
+            follows = f"attempt {attempt + 1} follows" + (f" in {pause_s:.0f} s" if pause_s else "")
+            change = Change(state="queued", reason="worker_lost", message=f"{what}; {follows}")
         else:
             change = Change(state="failed", reason="worker_lost", message=f"{what}; it was the last of {retries + 1}")
         self._records.change(record, change, data={"lost_attempt": attempt})
@@ -216,6 +210,15 @@ class Watch:
         self._claims.pop(_key(record), None)
         self._ended_since.pop(_key(record), None)
         self._stopping_since.pop(record.id, None)
+
+
+def became(store: RecordStore, record: Record, state: str) -> float:
+    """When the job last became `state`, from its events, seconds since the epoch: a restart of ours changes nothing."""
+    events, last = store.events(record.id), record.updated_at
+    while events:
+        last = next((event.time for event in reversed(events) if event.change.state == state), last)
+        events = store.events(record.id, after=events[-1].seq)
+    return clock.seconds(last)
 
 
 def _key(record: Record) -> tuple[str, int]:

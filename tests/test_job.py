@@ -14,6 +14,7 @@ from tests import jobs, tiny
 from tests.ray_fixture import Running
 from trainers.evaluation import score
 from tunesmith import layout
+from tunesmith.clock import seconds
 from tunesmith.errors import SpecError
 from tunesmith.spec import TrainSpec
 
@@ -228,8 +229,19 @@ def test_a_stopped_job_has_saved_a_checkpoint_and_makes_no_model(ready: Running)
     assert ready.client.stop(job.id).state == "stopping"
     ended = ready.client.wait(job.id)
     assert (ended.state, ended.reason) == ("stopped", "stopped_by_user")
-    assert jobs.checkpoint_steps(ready, job.id)
+    asked, said = (
+        next(event for event in jobs.events(ready, job.id) if event.state == state) for state in ("stopping", "stopped")
+    )
+    assert seconds(said.time) - seconds(asked.time) < ready.settings.stop_grace_s
+    *_, newest = jobs.checkpoint_steps(ready, job.id)
+    assert f"with the checkpoint of step {newest}" in str(said.message)
     assert ready.client.models(name="never").items == []
+
+    # It is gone on with by a new job, which begins with what the stopped one had learnt.
+    order = jobs.spec(output_model="after", hyperparameters={"max_steps": 2, "finetuned_model": job.id})
+    after = run(ready, order)
+    untuned = ready.client.evaluations(job.id).items[0].loss
+    assert ready.client.evaluations(after).items[0].loss < 0.9 * untuned
     ready.client.delete(job.id)
 
 

@@ -8,6 +8,7 @@ from serve_app.launcher import STOP_WAIT_S
 from serve_app.watch import ENDED_S, FORCED_S
 from tests.stage import FakeDriver, FakeLauncher, Stage, line
 from tunesmith import attempts, layout
+from tunesmith.clock import seconds
 
 
 @pytest.fixture
@@ -76,10 +77,31 @@ def test_a_model_that_was_published_completes_its_job(stage: Stage, status: str 
     assert result.outcome == "completed"
 
 
+def test_attempts_follow_lost_ones_with_growing_pauses(stage: Stage) -> None:
+    record = stage.order(advanced={"max_retries": 5})
+    for attempt, pause_s in ((1, 0), (2, 1), (3, 3), (4, 7), (5, 15)):
+        stage.rounds(2)
+        assert stage.status(record) == ("preparing", None, attempt)
+        stage.launcher.tell(f"{record.id}-a{attempt}", "FAILED")
+        while stage.status(record)[0] != "queued":
+            stage.rounds(seconds=ENDED_S)
+        queued = stage.store.get(record.id)
+        follows = f"attempt {attempt + 1} follows" + (f" in {pause_s} s" if pause_s else "")
+        assert str(queued.status.message).endswith(f"; {follows}")
+        # Another reconciler keeps to it as well.
+        stage.reconciler.close()
+        stage.reconciler = stage.new_reconciler(f"number {attempt}")
+        while stage.status(record)[0] == "queued":
+            stage.rounds(seconds=0.25)
+        paused_s = seconds(stage.store.get(record.id).updated_at) - seconds(queued.updated_at)
+        # The round that found it lost was followed by a step of the clock.
+        assert max(pause_s, ENDED_S) <= paused_s < max(pause_s, ENDED_S) + 0.5
+
+
 def test_a_job_that_loses_every_attempt_fails(stage: Stage) -> None:
     record = stage.order(advanced={"max_retries": 2})
     for attempt in (1, 2, 3):
-        stage.rounds(2)
+        stage.rounds(4)
         assert stage.status(record) == ("preparing", None, attempt)
         stage.launcher.tell(f"{record.id}-a{attempt}", "FAILED")
         stage.rounds(2, seconds=ENDED_S)

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainers.attempt import Attempt
@@ -79,14 +79,16 @@ def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: Any, deadline: 
             step = whole[-1].step if whole else 0
             again = max(0, reports.last_step - step)
             logger.warning("%s: %s", job.id, error.message)
+            what = "the workers hung" if isinstance(error, HungError) else "a worker was lost"
             attempt.events.write(
-                f"a worker was lost ({error.message}); going on from step {step}, {again} steps are done again",
+                f"{what} ({error.message}); restart {restart} goes on from step {step}, {again} steps are done again",
                 restart=restart,
                 resumed_from_step=step,
                 steps_redone=again,
+                **(error.as_data() if isinstance(error, HungError) else {}),
             )
             attempt.events.flush()
-            time.sleep(min(60, 2 ** (restart - 1) - 1))
+            time.sleep(attempts.retry_pause_s(restart))
 
 
 def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None) -> None:
@@ -103,7 +105,7 @@ def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None)
     name = f"{attempt.name}-{secrets.token_hex(4)}"
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"task": Task(job, attempt.number, attempt.storage.url, deadline)},
+        train_loop_config={"task": Task(job, attempt.number, attempt.storage.url, deadline, name)},
         scaling_config=ScalingConfig(
             num_workers=job.cards, use_gpu="GPU" in job.resources, resources_per_worker=dict(job.resources)
         ),
@@ -118,7 +120,7 @@ def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None)
     try:
         trainer.fit()
     except WorkerGroupError as error:
-        raise _cause(error.worker_failures) from error
+        raise _hang(name, job.cards, attempt.settings.hang_timeout_s) or _cause(error.worker_failures) from error
     except TrainingFailedError as error:
         raise WorkerLostError(f"Ray Train gave up: {_first_line(error)}") from error
     except RayError as error:
@@ -128,6 +130,34 @@ def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None)
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
+class HungError(WorkerLostError):
+    """The workers made no progress, and ended themselves."""
+
+    def __init__(self, timeout_s: float, *, spoke: Sequence[int], silent: Sequence[int]) -> None:
+        """`spoke`: ranks that said in their logs where they stood. `silent`: those that could not even do that."""
+        message = f"no progress for {timeout_s:g} s: {_workers(spoke)} said where they stood, in their logs"
+        super().__init__(message + (f"; {_workers(silent)} said nothing" if silent else ""))
+        self._spoke, self._silent = list(spoke), list(silent)
+
+    def as_data(self) -> dict[str, Any]:
+        """For an event."""
+        return {"hung": {"spoke": self._spoke, "silent": self._silent}}
+
+
+def _hang(run: str, cards: int, timeout_s: float) -> HungError | None:
+    """That the run's workers ended for they hung; None where none of them said so."""
+    from trainers import hangs
+
+    spoke = hangs.take(run)
+    if not spoke:
+        return None
+    return HungError(timeout_s, spoke=spoke, silent=[rank for rank in range(cards) if rank not in spoke])
+
+
+def _workers(ranks: Sequence[int]) -> str:
+    return f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
 def _cause(failures: Mapping[int, BaseException]) -> BaseException:
     """Why the workers ended: an error that one raised on purpose before all, for its peers then fail as well."""
     errors = list(failures.values())
@@ -135,7 +165,7 @@ def _cause(failures: Mapping[int, BaseException]) -> BaseException:
         if isinstance(error, TunesmithError):
             return error
     for rank, error in failures.items():
-        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        if _is_out_of_memory(error):
             return OutOfMemoryError(
                 f"worker {rank} ran out of memory: {_first_line(error)}",
                 hint="lower per_device_train_batch_size or max_seq_length, or choose a larger flavor",
@@ -144,6 +174,12 @@ def _cause(failures: Mapping[int, BaseException]) -> BaseException:
     if lost:
         return WorkerLostError(f"worker {', '.join(map(str, lost))}: {_first_line(failures[lost[0]])}")
     return errors[0]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch has an error of its own for accelerators and Ray for the workers it kills; on a CPU torch has but words.
+    is_named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return is_named or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _is_loss(error: BaseException) -> bool:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+
+HUNG = 87
+"""Exit code of a worker that made no progress."""
+
+FAREWELL_S = 10.0
+"""How long such a worker lives on: for its log to reach storage, and for its peers, which hang with it, to speak."""
+
+logger = logging.getLogger(__name__)
 
 
 class Watchdog:
@@ -39,6 +50,30 @@ class Watchdog:
             if time.monotonic() - self._last >= self._timeout_s:
                 self._hung(stacks())
                 return
+
+
+def end_hung(where: str, timeout_s: float, tell: Callable[[], object]) -> None:
+    """Say `where` all threads stood, `tell` the driver that it was a hang, and end this process.
+
+    Ray sees a lost worker, and the driver starts all again from the newest checkpoint. Nothing is waited for beyond
+    FAREWELL_S: storage, and Ray too, may be what it hangs on; the process's stderr has it all the same.
+    """
+    text = f"no progress for {timeout_s:g} s, this worker ends; it stood here:\n{where}"
+    logger.error("%s", text)
+    for last in (tell, _flush_logs, lambda: sys.stderr.write(f"{text}\n")):
+        threading.Thread(target=_try, args=(last,), name="farewell", daemon=True).start()
+    time.sleep(FAREWELL_S)
+    os._exit(HUNG)
+
+
+def _flush_logs() -> None:
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+
+
+def _try(last: Callable[[], object]) -> None:
+    with suppress(Exception):
+        last()
 
 
 def stacks() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import threading
 import time
@@ -18,6 +17,7 @@ import ray.train
 import torch
 from ray.train.v2._internal.execution import context as train_context
 
+from trainers import hangs
 from trainers.checkpoints import newest_checkpoint
 from trainers.data import Data, load_data
 from trainers.evaluation import HeldOut, answer, evaluation
@@ -29,10 +29,10 @@ from trainers.reports import KEY, Report
 from trainers.strategies import Worker
 from trainers.tokenized import first_examples
 from trainers.uploads import Uploads
-from trainers.watchdog import Watchdog
+from trainers.watchdog import Watchdog, end_hung
 from tunesmith import adapters, layout
 from tunesmith.clock import utc_text
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import NotFoundError, TunesmithError
 from tunesmith.patience import PatientStorage, open_patiently
 from tunesmith.settings import Settings
 from tunesmith.spec import TrainJob
@@ -40,9 +40,6 @@ from tunesmith.storage import Storage
 
 STOP_LOOK_S = 1.0
 """How often the stop object is looked for, seconds."""
-
-HUNG = 87
-"""Exit code of a worker that made no progress."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +54,8 @@ class Task:
     """URL of the storage that holds the job's folder."""
     deadline: float | None
     """When the job's time is up, seconds since the epoch."""
+    run: str
+    """Name of this run of the workers: a restart's is another."""
 
 
 def train_worker(config: dict[str, Task]) -> None:
@@ -113,7 +112,7 @@ def _run(task: Task, worker: Worker, storage: PatientStorage, settings: Settings
         newest_checkpoint(storage, job.id) as (resumed_step, resume_from),
         _stop_watch(task, storage.impatient) as stop,
         uploads if worker.rank == 0 else nullcontext(),
-        Watchdog(settings.hang_timeout_s, lambda stacks: _end_hung(stacks, settings.hang_timeout_s)) as watchdog,
+        _watchdog(task, worker.rank, settings.hang_timeout_s) as watchdog,
     ):
 
         def should_stop() -> bool:
@@ -165,7 +164,10 @@ def _earlier_adapter(storage: Storage, job: TrainJob) -> Iterator[Path | None]:
     if ref is None:
         yield None
         return
-    with local_copy(storage, adapters.key(str(ref))) as folder:
+    key = adapters.key(str(ref))
+    if not storage.exists(f"{key}/adapter_config.json"):
+        raise NotFoundError(f"the adapter of {ref} is gone", fields=[adapters.FIELD], hint="was it deleted meanwhile?")
+    with local_copy(storage, key) as folder:
         yield folder
 
 
@@ -175,12 +177,8 @@ def _held_out(data: Data, job: TrainJob) -> HeldOut:
     return HeldOut.of(examples, data.tokenizer, job.hyperparameters, job.advanced)
 
 
-def _end_hung(stacks: str, timeout_s: float) -> None:
-    """End this process: Ray sees a lost worker, and the driver starts all again from the newest checkpoint."""
-    logger.error("no progress for %g s, this worker ends; it stood here:\n%s", timeout_s, stacks)
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-    os._exit(HUNG)
+def _watchdog(task: Task, rank: int, timeout_s: float) -> Watchdog:
+    return Watchdog(timeout_s, lambda where: end_hung(where, timeout_s, lambda: hangs.tell(task.run, rank)))
 
 
 class _Reports:

@@ -161,6 +161,11 @@ def failure(error: BaseException) -> Result:
     return Result(outcome="failed", reason="platform_error", message=message, time=utc_text())
 
 
+def retry_pause_s(retry: int) -> float:
+    """Seconds before the `retry`-th try after a loss, from 1: none, then growing ones, at most a minute."""
+    return float(min(60, 2 ** min(retry - 1, 6) - 1))
+
+
 def request_stop(storage: Storage, job_id: str, reason: str = "stopped_by_user") -> None:
     """Leave the stop object, at which the job's driver looks on step borders. The first one stands."""
     storage.put_if_absent(layout.stop(job_id), json.dumps({"time": utc_text(), "reason": reason}).encode())

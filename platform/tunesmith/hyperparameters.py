@@ -104,8 +104,10 @@ GUIDE: tuple[Hyperparameter, ...] = (
     _float("warmup_ratio", 0.03, 0.0, 1.0, "share of the steps over which the learning rate rises",
            "学习率预热步数占总步数的比例"),
     _int("max_seq_length", MAX_SEQ_LENGTH, 8, 1 << 20, "tokens of a row at most", "每条样本的最大 token 数"),
-    _file("finetuned_model", "earlier result whose adapter is trained on: NAME@VERSION, or its storage path",
-          "已有微调结果，在其 LoRA 权重的基础上继续训练：模型名@版本，或其存储路径"),
+    _file("finetuned_model", "earlier result whose adapter is trained on: NAME@VERSION, the id of a stopped job "
+          "(its newest checkpoint), or the storage path of a model or checkpoint",
+          "已有微调结果，在其 LoRA 权重的基础上继续训练：模型名@版本、已停止任务的 ID（取其最新检查点），"
+          "或模型、检查点的存储路径"),
     Hyperparameter("bits", int, None, "bits of the quantized base in training, not on NPUs; absent: none",
                    "训练时冻结的基础模型量化的位数（NPU 不支持）；不填：不量化", choices=(4, 8), optional=True),
     _int("max_eval_samples", 64, 1, _MANY, "held-out rows at most that are evaluated, and answered by the model",
