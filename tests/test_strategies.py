@@ -14,6 +14,7 @@ from tests import tiny
 from tests.test_lora import assert_close, tokens
 from trainers import zero
 from trainers.checkpoints import MOMENTS
+from trainers.device import pick_device
 from trainers.evaluation import HeldOut, answer
 from trainers.lora import Hooks, LossError, train
 from trainers.strategies import Worker
@@ -81,7 +82,10 @@ configuration = zero.engine_config
 def _worker(rank: int, world_size: int, folder: Path, out: Path, jobs: list[dict[str, Any]]) -> None:
     zero.engine_config = in_pieces
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=world_size)
+    device = pick_device(rank)
+    if device.torch_device.type == "cuda":
+        torch.cuda.set_device(device.torch_device)
+    torch.distributed.init_process_group(device.backend, f"file://{out}/meet", rank=rank, world_size=world_size)
     for job in jobs:
         own = out / str(job.pop("name"))
         own.mkdir(exist_ok=True)
@@ -177,6 +181,16 @@ def test_in_bf16_every_strategy_keeps_the_adapter_in_float32(model_folder: Path,
         assert seen["losses"] == pytest.approx(right["losses"], rel=4e-3)  # a number in bf16 has 8 bits
         weights = torch.cat([torch.tensor(weight).flatten() for weight in seen["weights"].values()])
         assert not torch.equal(weights, weights.bfloat16().float())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_gpus_every_strategy_does_what_one_gpu_does(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    right = run(model_folder, tmp_path / "alone", "ddp")
+    jobs = [{"name": name, "strategy": name} for name in STRATEGIES]
+    for seen in run_on(min(2, torch.cuda.device_count()), model_folder, tmp_path, *jobs):
+        assert seen["losses"] == pytest.approx(right["losses"], rel=4e-3)  # a number in bf16 has 8 bits
 
 
 def test_a_quantized_base_trains_alike_under_the_strategies_that_leave_it_whole(

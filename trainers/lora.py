@@ -24,12 +24,13 @@ from trainers.batches import BatchPlan
 from trainers.checkpoints import load_adapter, load_moments, save_checkpoint
 from trainers.compilation import compile_layers, why_not_compiled
 from trainers.device import Device, keep_freed_memory, pick_device
-from trainers.loss import loss_sum
-from trainers.passes import Pass, pack, pad
+from trainers.loss import attention_of, loss_sum
+from trainers.memory import does_not_fit, is_out_of_memory, largest_pass
+from trainers.passes import Pass, one_row, pack, pad
 from trainers.shards import TokenizedRows
 from trainers.strategies import SHARE_BASE, Strategy, Worker, choose, shares_base, strategy
 from trainers.trace import traced
-from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.errors import ModelError, OutOfMemoryError, TunesmithError
 
 EVAL_BATCH_ROWS = 8
 PASS_TOKENS = {"cpu": 1536}
@@ -198,13 +199,21 @@ def train(
         passes = plan.padded(step, worker.rank) if unpacked else plan.packed(step, worker.rank, pass_tokens)
         if not shared.in_step:
             passes = [share for share in passes if share] or passes[:1]
-        for number, share in enumerate(passes):
-            if h["lora_dropout"] > 0:
-                torch.manual_seed(hash((seed, step, worker.rank, number)) & 0x7FFFFFFF)
-            # Without rows of its own, a worker goes along with one that counts nothing.
-            given = make_pass(rows, share or batch[-1:], device.torch_device)
-            weight = 1 / max(1, trained) if share else 0.0
-            shared.backward(given, weight, last=number == len(passes) - 1)
+        ran_out = False
+        try:
+            for number, share in enumerate(passes):
+                if h["lora_dropout"] > 0:
+                    torch.manual_seed(hash((seed, step, worker.rank, number)) & 0x7FFFFFFF)
+                # Without rows of its own, a worker goes along with one that counts nothing.
+                given = make_pass(rows, share or batch[-1:], device.torch_device)
+                weight = 1 / max(1, trained) if share else 0.0
+                shared.backward(given, weight, last=number == len(passes) - 1)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            ran_out = True
+        if ran_out:  # here the error holds no tensor any more
+            raise _does_not_fit(model, given, h, may_try=device.torch_device.type != "cpu" and not shared.in_step)
         grad_norm = shared.step(step, learning_rate, wishes_stop=hooks.should_stop())
 
         tokens += int(rows.lengths[batch].sum())
@@ -241,6 +250,24 @@ def train(
 
     eval_after = None if stopped else evaluate_at(step)
     return Outcome(step, total_steps, stopped, eval_before, eval_after, model, shared.snapshot().weights)
+
+
+def _does_not_fit(model: Any, given: Pass, h: Mapping[str, Any], *, may_try: bool) -> OutOfMemoryError:
+    """What is to be said of a pass that took too much memory; where it can be, smaller ones are tried.
+
+    Not where workers make each pass together; nor on a CPU, where oneDNN makes nothing more after such a failure.
+    """
+    fits = largest_pass(lambda tokens: _try_pass(model, given, tokens), given.tokens) if may_try else None
+    return does_not_fit(given.tokens, fits, h, str(given.ids.device))
+
+
+def _try_pass(model: Any, like: Pass, tokens: int) -> None:
+    """A forward and backward pass of one row of so many tokens, all of them trained."""
+    if like.ids.device.type == "cuda":
+        torch.cuda.empty_cache()
+    row = one_row(tokens, like)
+    with torch.compiler.set_stance("force_eager"), attention_of(model, row):
+        loss_sum(model, row).backward()  # type: ignore[no-untyped-call]
 
 
 def _not_finite(step: int, rows: Sequence[int], saved_step: int) -> LossError:

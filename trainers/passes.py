@@ -29,6 +29,11 @@ class Pass:
     targets: torch.Tensor
     """Those next tokens, int64 [trained]."""
 
+    @property
+    def tokens(self) -> int:
+        """Those that the pass computes, padding included."""
+        return self.ids.numel()
+
 
 def pack(rows: TokenizedRows, share: Sequence[int], device: torch.device) -> Pass:
     """The rows end to end."""
@@ -38,6 +43,12 @@ def pack(rows: TokenizedRows, share: Sequence[int], device: torch.device) -> Pas
 def pad(rows: TokenizedRows, share: Sequence[int], device: torch.device) -> Pass:
     """The rows side by side."""
     return _made([rows.ids(row) for row in share], [rows.trained(row) for row in share], device, padded=True)
+
+
+def one_row(tokens: int, like: Pass) -> Pass:
+    """One row of so many tokens, all of them trained; packed where `like` is."""
+    ids = np.arange(tokens) % 2
+    return _made([ids], [np.ones(tokens, bool)], like.ids.device, padded=like.offsets is None)
 
 
 def _made(ids: list[np.ndarray], trained: list[np.ndarray], device: torch.device, *, padded: bool) -> Pass:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainers.attempt import Attempt
+from trainers.memory import is_out_of_memory
 from tunesmith import attempts, catalog
 from tunesmith.attempts import Result
 from tunesmith.catalog import File, Manifest
@@ -165,7 +166,7 @@ def _cause(failures: Mapping[int, BaseException]) -> BaseException:
         if isinstance(error, TunesmithError):
             return error
     for rank, error in failures.items():
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             return OutOfMemoryError(
                 f"worker {rank} ran out of memory: {_first_line(error)}",
                 hint="lower per_device_train_batch_size or max_seq_length, or choose a larger flavor",
@@ -174,12 +175,6 @@ def _cause(failures: Mapping[int, BaseException]) -> BaseException:
     if lost:
         return WorkerLostError(f"worker {', '.join(map(str, lost))}: {_first_line(failures[lost[0]])}")
     return errors[0]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch has an error of its own for accelerators and Ray for the workers it kills; on a CPU torch has but words.
-    is_named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    return is_named or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _is_loss(error: BaseException) -> bool:

@@ -1,0 +1,61 @@
+"""Memory that runs out: known for what it is, and what would fit found by trying."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tunesmith.errors import OutOfMemoryError
+
+SMALLEST_PASS = 8
+"""Tokens of the smallest pass that is tried: the smallest `max_seq_length`."""
+_WORDS = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could not create a primitive")
+"""What torch and oneDNN have for it on a CPU, where there is no error of its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, of Ray or of Python says that memory ran out."""
+    is_named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return is_named or any(words in str(error) for words in _WORDS)
+
+
+def largest_pass(attempt: Callable[[int], None], tokens: int) -> int:
+    """Tokens of a forward and backward pass that `attempt` can make: below `tokens`, halved until it fits; else 0."""
+    while (tokens := tokens // 2) >= SMALLEST_PASS:
+        gc.collect()
+        try:
+            attempt(tokens)
+        except Exception as error:  # whatever it is that tells of memory
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return tokens
+    return 0
+
+
+def does_not_fit(tokens: int, fits: int | None, hyperparameters: Mapping[str, Any], where: str) -> OutOfMemoryError:
+    """The error of a run whose pass of `tokens` took more memory than `where` has.
+
+    `fits`: tokens of a pass that were seen to fit; None where none was tried.
+    """
+    rows, length = hyperparameters["per_device_train_batch_size"], hyperparameters["max_seq_length"]
+    message = f"memory ran out in a pass of {tokens} tokens on {where} (per_device_train_batch_size={rows}, "
+    message += f"max_seq_length={length})"
+    others = "gradient_checkpointing=true, or a larger flavor"
+    fields = ["hyperparameters.per_device_train_batch_size", "hyperparameters.max_seq_length"]
+    if fits is None:
+        return OutOfMemoryError(
+            message, fields=fields, hint=f"{_half(rows, length)} takes half beside the model; or {others}"
+        )
+    if fits == 0:
+        return OutOfMemoryError(f"{message}; nor does the smallest fit beside the model", hint=others)
+    wanted = f"per_device_train_batch_size={fits // length}" if fits >= length else f"max_seq_length={fits}"
+    if fits < length and rows > 1:
+        wanted += " and per_device_train_batch_size=1"
+    hint = f"{wanted} fits, with more gradient_accumulation_steps for the same batch; or {others}"
+    return OutOfMemoryError(f"{message}; a pass of {fits} tokens fits", fields=fields, hint=hint)
+
+
+def _half(rows: int, length: int) -> str:
+    return f"per_device_train_batch_size={rows // 2}" if rows > 1 else f"max_seq_length={length // 2}"
