@@ -221,7 +221,7 @@ def test_a_stopped_job_has_saved_a_checkpoint_and_makes_no_model(ready: Running)
     job = ready.client.submit(
         jobs.spec(
             output_model="never",
-            hyperparameters={"max_steps": 5000, "save_steps": 1000},
+            hyperparameters={"max_steps": 5000, "save_steps": 1000, "warmup_ratio": 0.0},
             advanced={"num_train_epochs": 1000},
         )
     )
@@ -241,7 +241,7 @@ def test_a_stopped_job_has_saved_a_checkpoint_and_makes_no_model(ready: Running)
     order = jobs.spec(output_model="after", hyperparameters={"max_steps": 2, "finetuned_model": job.id})
     after = run(ready, order)
     untuned = ready.client.evaluations(job.id).items[0].loss
-    assert ready.client.evaluations(after).items[0].loss < 0.9 * untuned
+    assert ready.client.evaluations(after).items[0].loss < untuned - 0.1
     ready.client.delete(job.id)
 
 

@@ -170,7 +170,8 @@ def test_a_worker_killed_at_any_point_changes_nothing(running: Running, whole: W
         told = restarted(number)
         assert told["resumed_from_step"] == found
         reached = told["resumed_from_step"] + told["steps_redone"]
-        assert reached in ((step,) if step != HALF_WRITTEN else range(step, STEPS)), told
+        # A checkpoint may be on its way before the report of its step was taken.
+        assert reached in ((step,) if step != HALF_WRITTEN else range(step - 1, STEPS)), told
     assert_as_if_never_killed(running, job, whole, attempts=1)
 
 
