@@ -188,22 +188,6 @@ def test_workers_that_share_weights_leave_the_same_model(ready: Running) -> None
         torch.testing.assert_close(merged[name], weight, atol=1e-4, rtol=0)
 
 
-def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_checkpoint(ready: Running) -> None:
-    steps = {"max_steps": 120, "save_steps": 20}
-    whole = run(ready, jobs.spec(hyperparameters=steps, advanced={"num_train_epochs": 10}))
-    job = ready.client.submit(jobs.spec(cards=1, hyperparameters=steps, advanced={"num_train_epochs": 10}))
-    jobs.wait_for_checkpoints(ready, job, 2)
-    jobs.kill(ready, "ray::RayTrainWorker")
-    assert ready.client.wait(job.id).state == "completed"
-    restarts = [event.data for event in jobs.events(ready, job.id) if "restart" in event.data]
-    assert len(restarts) == 1
-    assert restarts[0]["resumed_from_step"] >= 40
-    assert restarts[0]["resumed_from_step"] % 20 == 0
-    assert restarts[0]["steps_redone"] <= 20
-    assert ready.client.job(job.id).attempt == 1
-    assert losses(ready, job.id) == pytest.approx(losses(ready, whole), abs=1e-5)
-
-
 def test_a_killed_controller_costs_an_attempt_and_not_the_job(ready: Running) -> None:
     steps = {"max_steps": 120, "save_steps": 20}
     job = ready.client.submit(jobs.spec(hyperparameters=steps, advanced={"num_train_epochs": 10}))
