@@ -187,6 +187,8 @@ def test_two_workers_meet_and_a_failed_one_ends_the_other(platform: Running, sta
     total = torch.tensor([float(env["RANK"]) + 1])
     dist.all_reduce(total)
     (output / "total.txt").write_text(f"{total.item()} {env['WORLD_SIZE']} {env['LOCAL_RANK']}")
+    dist.barrier()
+    dist.destroy_process_group()  # left to the end of the process, gloo's threads may end it by a signal
     """
     job = start(reduce, cards=2)
     ended = platform.client.wait(job.id)

@@ -4,19 +4,20 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from serve_app.launcher import RayLauncher
 from tests import jobs
 from tests.ray_fixture import Running, running_platform
 from tests.s3_fixture import BUCKET, endpoint, free_ports, s3_keys, s3_process
+from tests.test_kills import driver
 from tunesmith import attempts, layout
 from tunesmith.client import Client
 from tunesmith.clock import seconds, utc_text
@@ -160,16 +161,23 @@ def test_an_attempt_whose_patience_is_at_its_end_is_lost_and_another_follows(run
         created_at=utc_text(),
     )
     running.storage.put(layout.job_json(job.id), job.model_dump_json().encode())
-    impatient = RayLauncher(replace(running.settings, storage_patience_s=5))
-    with mock.patch.dict(os.environ, ray_environment(running.settings)):
-        # The first attempt is started without the door, with less patience than the door would give it.
-        impatient.submit(job.id, 1, layout.join(running.storage.url, layout.job_json(job.id)))
-        while not attempts.checkpoints(running.storage, job.id):
-            time.sleep(0.2)
-        server.kill()
-        while (told := impatient.status(f"{job.id}-a1")) is not None and told.status == "RUNNING":
-            time.sleep(0.5)
-        server.start()
+    # The first attempt is started without the door, with less patience than the door would give it.
+    impatient = replace(running.settings, storage_patience_s=5)
+    code = (
+        "import sys; from serve_app.launcher import RayLauncher; from tunesmith.settings import Settings; "
+        "RayLauncher(Settings.from_env()).submit(sys.argv[1], 1, sys.argv[2])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, job.id, layout.join(running.storage.url, layout.job_json(job.id))],
+        env={**os.environ, **impatient.to_env(), **ray_environment(impatient)},
+        check=True,
+    )
+    while not attempts.checkpoints(running.storage, job.id):
+        time.sleep(0.2)
+    first = driver(running, job.id)
+    server.kill()
+    first.wait(180)
+    server.start()
     deadline = time.monotonic() + 60
     while job.id not in {each.id for each in running.client.jobs().items}:
         assert time.monotonic() < deadline

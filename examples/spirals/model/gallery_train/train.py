@@ -82,3 +82,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
