@@ -34,12 +34,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def moved_model(folder: Path, *options: Any) -> Any:
     """A model whose adapter is at work: with B all zero, as it begins, A has no gradient."""
     model = adapter.load_model(folder, *options)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
+    return tiny.at_work(model)
 
 
 @pytest.fixture(autouse=True)

@@ -30,36 +30,13 @@ def base(tmp_path: Path) -> Path:
 
 
 def make_job(**advanced: Any) -> TrainJob:
-    return TrainJob(
-        id="job-1",
-        account="operator",
-        name="tuned",
-        model="tiny@1",
-        dataset="data@1",
-        training_type="text-question-answering",
-        hyperparameters=tiny.hyperparameters(),
-        advanced=tiny.advanced(**advanced),
-        flavor="cpu-small",
-        cards=1,
-        resources={"CPU": 1},
-        output_model="tuned@1",
-        model_url="/s/models/tiny/1",
-        dataset_url="/s/datasets/data/1",
-        output_url="/s/models/tuned/1",
-        job_url="/s/jobs/job-1",
-        created_at=utc_text(),
-    )
+    return tiny.train_job(tiny.hyperparameters(), tiny.advanced(**advanced))
 
 
 def tuned(base: Path) -> Any:
     """The base with an adapter that changes its answers."""
     model = load_model(base, tiny.hyperparameters(), tiny.advanced(), pick_device()).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
+    return tiny.at_work(model)
 
 
 @torch.no_grad()

@@ -87,34 +87,11 @@ def load(model_folder: Path, bits: int | None, **advanced: Any) -> Any:
 def tuned(model_folder: Path, bits: int | None) -> Any:
     """The base with an adapter that changes its answers, the same one whatever the bits."""
     model = load(model_folder, bits).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
+    return tiny.at_work(model)
 
 
 def make_job(bits: int | None, **advanced: Any) -> TrainJob:
-    return TrainJob(
-        id="job-1",
-        account="operator",
-        name="tuned",
-        model="tiny@1",
-        dataset="data@1",
-        training_type="text-question-answering",
-        hyperparameters=tiny.hyperparameters(bits=bits),
-        advanced=tiny.advanced(**advanced),
-        flavor="cpu-small",
-        cards=1,
-        resources={"CPU": 1},
-        output_model="tuned@1",
-        model_url="/s/models/tiny/1",
-        dataset_url="/s/datasets/data/1",
-        output_url="/s/models/tuned/1",
-        job_url="/s/jobs/job-1",
-        created_at="2026-01-01T00:00:00Z",
-    )
+    return tiny.train_job(tiny.hyperparameters(bits=bits), tiny.advanced(**advanced))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.hyperparameters import ADVANCED, resolve
+from tunesmith.spec import TrainJob
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -76,3 +77,38 @@ def sums(count: int) -> list[dict[str, str]]:
         {"prompt": f"say {chr(97 + n % 26)} {'x' * (n % 7)}", "response": chr(97 + n % 26) * (1 + n % 5)}
         for n in range(count)
     ]
+
+
+def at_work(model: Any) -> Any:
+    """The peft model with an adapter that changes its answers, the same one every time: as it begins, B is all zero."""
+    import torch
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def train_job(h: dict[str, Any], more: dict[str, Any]) -> TrainJob:
+    """A job over the tiny model, of these hyperparameters and advanced ones."""
+    return TrainJob(
+        id="job-1",
+        account="operator",
+        name="tuned",
+        model="tiny@1",
+        dataset="data@1",
+        training_type="text-question-answering",
+        hyperparameters=h,
+        advanced=more,
+        flavor="cpu-small",
+        cards=1,
+        resources={"CPU": 1},
+        output_model="tuned@1",
+        model_url="/s/models/tiny/1",
+        dataset_url="/s/datasets/data/1",
+        output_url="/s/models/tuned/1",
+        job_url="/s/jobs/job-1",
+        created_at="2026-01-01T00:00:00Z",
+    )

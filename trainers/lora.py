@@ -198,7 +198,7 @@ def train(
         trained = sum(int(rows.trained(row)[1:].sum()) for row in batch)
         passes = plan.padded(step, worker.rank) if unpacked else plan.packed(step, worker.rank, pass_tokens)
         if not shared.in_step:
-            passes = [share for share in passes if share] or passes[:1]
+            passes = [share for share in passes if share]
         ran_out = False
         try:
             for number, share in enumerate(passes):
