@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any
 
 from trainers.attempt import Attempt
 from trainers.custom_worker import Said, Worker, free_port, keep_output, publish_output, run_worker
-from trainers.reports import ReportWriter
+from trainers.reports import ReportWriter, report_writer
 from tunesmith import catalog, layout
 from tunesmith.attempts import Result
 from tunesmith.catalog import Manifest
@@ -72,15 +71,8 @@ class _Gang:
         self._workers = self._make_workers(deadline)
 
     def run(self) -> Result:
-        attempt, job = self._attempt, self._job
-        with ReportWriter(
-            attempt.storage,
-            job.id,
-            attempt.number,
-            attempt.events,
-            segment_s=attempt.settings.segment_s,
-            secret=secrets.token_bytes(32),
-        ) as reports:
+        attempt = self._attempt
+        with report_writer(attempt) as reports:
             results = self._follow(reports)
         failed = next((result for result in results if result.outcome == "failed"), None)
         stopped = next((result for result in results if result.outcome == "stopped"), None)

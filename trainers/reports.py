@@ -7,6 +7,7 @@ events that workers cause.
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 from ray.train.v2.api.callback import UserCallback
 
+from trainers.attempt import Attempt
 from tunesmith import layout
 from tunesmith.attempts import EventLine, EventWriter, MetricLine
 from tunesmith.segments import SegmentWriter
@@ -138,6 +140,18 @@ class ReportWriter:
 
     def _line(self, report: Report, rank: int | None, name: str, value: float) -> MetricLine:
         return MetricLine(time=report.time, attempt=self._attempt, step=report.step, rank=rank, name=name, value=value)
+
+
+def report_writer(attempt: Attempt) -> ReportWriter:
+    """The writer of an attempt, in its driver."""
+    return ReportWriter(
+        attempt.storage,
+        attempt.job.id,
+        attempt.number,
+        attempt.events,
+        segment_s=attempt.settings.segment_s,
+        secret=secrets.token_bytes(32),
+    )
 
 
 class Gauges:

@@ -42,17 +42,10 @@ def run_training(attempt: Attempt, job: TrainJob) -> Result:
         prepare(attempt, job, deadline)
     except StoppedError as stopped:
         return _stopped(stopped.args[0], {"steps": 0})
-    from trainers.reports import ReportWriter
+    from trainers.reports import report_writer
 
     ray.init(logging_level=logging.WARNING)
-    with ReportWriter(
-        attempt.storage,
-        job.id,
-        attempt.number,
-        attempt.events,
-        segment_s=attempt.settings.segment_s,
-        secret=secrets.token_bytes(32),
-    ) as reports:
+    with report_writer(attempt) as reports:
         _fit_with_restarts(attempt, job, reports, deadline)
         products = reports.products
     if products is None:
