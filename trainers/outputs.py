@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunesmith.catalog import File
-from tunesmith.storage import Storage
+from tunesmith.storage import PARTIAL, Storage
 
 
 @dataclass
@@ -125,4 +125,4 @@ def _is_storable(path: str) -> bool:
         path.encode()
     except UnicodeEncodeError:
         return False
-    return "\\" not in path and not any(part.startswith(".partial-") for part in path.split("/"))
+    return "\\" not in path and not any(part.startswith(PARTIAL) for part in path.split("/"))

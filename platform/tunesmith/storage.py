@@ -15,7 +15,7 @@ from typing import Any
 from tunesmith.errors import DataError, NotFoundError, SpecError, StorageError
 from tunesmith.settings import Settings
 
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"
 """Files of this prefix are writes that have not ended; no listing shows them."""
 
 
@@ -136,7 +136,7 @@ class FolderStorage(Storage):
         for folder, _, names in os.walk(top):
             for name in names:
                 path = Path(folder, name)
-                if not name.startswith(_PARTIAL) and not path.is_symlink():
+                if not name.startswith(PARTIAL) and not path.is_symlink():
                     with suppress(FileNotFoundError):
                         found.append(Entry(path.relative_to(self.root).as_posix(), path.stat().st_size))
         return iter(sorted(found, key=lambda entry: entry.key))
@@ -182,7 +182,7 @@ class FolderStorage(Storage):
     @contextmanager
     def _partial(self, key: str) -> Iterator[Path]:
         place = self._path(key)
-        partial = place.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
+        partial = place.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
         try:
             while True:
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -343,8 +343,8 @@ def open_storage(url: str, settings: Settings) -> Storage:
 def _checked(key: str) -> str:
     if not key or "\0" in key or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise _escape(key)
-    if any(part.startswith(_PARTIAL) for part in key.split("/")):
-        raise SpecError(f"no part of a key may start with {_PARTIAL!r}, got {key!r}", code="invalid_key")
+    if any(part.startswith(PARTIAL) for part in key.split("/")):
+        raise SpecError(f"no part of a key may start with {PARTIAL!r}, got {key!r}", code="invalid_key")
     return key
 
 
