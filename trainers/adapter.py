@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from trainers.device import Device
-from trainers.matmul import add_widened, narrow_down, product, sum_over_tokens
+from trainers.matmul import add_widened, align, narrow_down, product, sum_over_tokens
 from trainers.quantization import QuantizedLinear, load_quantized, unpacked
 from tunesmith.errors import ModelError
 
@@ -29,6 +29,8 @@ def load_model(folder: Path, h: Mapping[str, Any], advanced: Mapping[str, Any], 
         base = load_quantized(folder, h["bits"], dtype, device)
     else:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        if device.torch_device.type == "cpu":
+            align(base)
     return with_adapter(base, h, advanced)
 
 

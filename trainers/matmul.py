@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import nn
 
 from trainers import native
+
+CACHE_LINE = 64
+"""Bytes."""
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -30,6 +34,16 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 def _has_onednn() -> bool:
     known = platform.machine() in ("x86_64", "AMD64") and torch._C._has_mkldnn
     return known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def align(model: nn.Module) -> None:
+    """Copy weights on the CPU that begin inside a cache line, as those of a mapped file do.
+
+    Transposed, as a backward pass reads them, oneDNN multiplies by such weights half as fast without AVX-512.
+    """
+    for weight in model.parameters():
+        if weight.device.type == "cpu" and weight.data_ptr() % CACHE_LINE:
+            weight.data = weight.data.clone()
 
 
 def narrow_down(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

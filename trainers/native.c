@@ -10,11 +10,11 @@
 #include <string.h>
 
 #if defined(__AVX512F__)
-enum { LANES = 16, VECTORS = 4 };
+enum { LANES = 16, VECTORS = 4, DOTS = 8 };
 #elif defined(__AVX2__)
-enum { LANES = 8, VECTORS = 2 };
+enum { LANES = 8, VECTORS = 2, DOTS = 4 };
 #else
-enum { LANES = 4, VECTORS = 2 };
+enum { LANES = 4, VECTORS = 2, DOTS = 4 };
 #endif
 enum { TILE = 6, CHUNK = LANES * VECTORS, BLOCK = 48, PAD = 64 };
 
@@ -242,7 +242,7 @@ void backward(const int64_t *places, float *q, float *k, float *v, float *out, f
 /* narrow[token][0..ranks) = x[token] · a[0..ranks) for `tokens` tokens; both counts are known when compiled. */
 INLINE void dots(const int tokens, const int ranks, int64_t columns, const float *x, const float *a, float *narrow,
                  int64_t rank) {
-    vector sums[2][8] = {0};
+    vector sums[2][DOTS] = {0};
     for (int64_t i = 0; i < columns; i += LANES)
         for (int r = 0; r < ranks; r++)
             for (int t = 0; t < tokens; t++)
@@ -261,8 +261,8 @@ void narrow_down(float *narrow, const float *x, const float *a, int64_t tokens, 
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t += 2) {
         int64_t r = 0;
-        for (; r + 8 <= rank && t + 2 <= tokens; r += 8)
-            dots(2, 8, columns, x + t * columns, a + r * columns, narrow + t * rank + r, rank);
+        for (; r + DOTS <= rank && t + 2 <= tokens; r += DOTS)
+            dots(2, DOTS, columns, x + t * columns, a + r * columns, narrow + t * rank + r, rank);
         for (int64_t one = t; one < least(t + 2, tokens); one++)
             for (int64_t rest = r; rest < rank; rest++)
                 dots(1, 1, columns, x + one * columns, a + rest * columns, narrow + one * rank + rest, rank);
