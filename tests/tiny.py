@@ -33,7 +33,9 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_model(folder: Path, tokenizer: Any = None, *, width: int = 32, head_width: int = 8) -> Path:
+def make_model(
+    folder: Path, tokenizer: Any = None, *, width: int = 32, head_width: int = 8, mlp_width: int = 64
+) -> Path:
     """Write the model to `folder` with its tokenizer, or another one; the same weights every time.
 
     Attention over packed rows on a CPU is our own where 16 divides `head_width`, else torch's.
@@ -45,7 +47,7 @@ def make_model(folder: Path, tokenizer: Any = None, *, width: int = 32, head_wid
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=64,
+        intermediate_size=mlp_width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,17 @@ def load_adapter(folder: Path, model: Any) -> None:
     set_peft_model_state_dict(model, weights)
 
 
-def upload_checkpoint(storage: Storage, folder: Path, *, job_id: str, attempt: int, step: int, keep: int) -> None:
-    """Store a checkpoint's folder, its manifest last, and delete the attempt's oldest beyond the newest `keep`.
+def upload_checkpoint(
+    storage: Storage,
+    folder: Path,
+    *,
+    job_id: str,
+    attempt: int,
+    step: int,
+    keep: int,
+    wait: Callable[[], object] = lambda: None,
+) -> None:
+    """Store a checkpoint's folder, after `wait` its manifest, and delete the attempt's oldest beyond the newest `keep`.
 
     One that is there already, from before a restart, stands: steps done again give the same.
     """
@@ -73,6 +82,7 @@ def upload_checkpoint(storage: Storage, folder: Path, *, job_id: str, attempt: i
     if not storage.exists(f"{prefix}/manifest.json"):
         files = describe_files(folder)
         storage.upload_folder(folder, prefix)
+        wait()
         manifest = {"step": step, "files": [file.model_dump() for file in files]}
         storage.put(f"{prefix}/manifest.json", json.dumps(manifest, indent=2).encode())
     own = [checkpoint for checkpoint in checkpoints(storage, job_id) if checkpoint.attempt == attempt]

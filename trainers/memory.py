@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import resource
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import OutOfMemoryError
@@ -12,6 +14,24 @@ SMALLEST_PASS = 8
 """Tokens of the smallest pass that is tried: the smallest `max_seq_length`."""
 _WORDS = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could not create a primitive")
 """What torch and oneDNN have for it on a CPU, where there is no error of its own."""
+
+
+def limit(size: int) -> None:
+    """Let this process have `size` bytes of memory of its own; what it asks for beyond is refused, and fails.
+
+    What it has asked for and not used until now does not count.
+    """
+    asked, used = (_status_bytes(name) for name in ("VmData", "RssAnon"))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = asked - used + size
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _status_bytes(name: str) -> int:
+    """Of this process, as Linux counts it (proc_pid_status(5))."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:

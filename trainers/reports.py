@@ -7,9 +7,11 @@ events that workers cause.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
@@ -18,6 +20,7 @@ from typing import Any
 
 from ray.train.v2.api.callback import UserCallback
 
+from trainers import signals
 from trainers.attempt import Attempt
 from tunesmith import layout
 from tunesmith.attempts import EventLine, EventWriter, MetricLine
@@ -41,12 +44,17 @@ class Report:
     """What belongs to the phase, for its event."""
     events: Sequence[EventLine] = ()
     """What else is to be said."""
+    flush: bool = False
+    """Metrics are to reach storage at once: a checkpoint, which waits for them, is about to follow."""
     products: Mapping[str, Any] | None = None
     """At the end: how the run ended, and the files of the new model."""
 
 
 KEY = "tunesmith"
 """Under which a Report lies in the metrics of ray.train.report."""
+
+
+logger = logging.getLogger(__name__)
 
 
 class ForwardReports(UserCallback):  # type: ignore[misc]
@@ -71,10 +79,14 @@ class ReportWriter:
     def __init__(
         self, storage: Storage, job_id: str, attempt: int, events: EventWriter, *, segment_s: float, secret: bytes
     ) -> None:
-        self._attempt = attempt
+        self._attempt, self._name = attempt, f"{job_id}-a{attempt}"
         self._events = events
         self._gauges = Gauges(job_id, attempt)
-        self._metrics = SegmentWriter(storage, layout.metrics(job_id, attempt), max_age_s=segment_s)
+        self._metrics = SegmentWriter(
+            storage, layout.metrics(job_id, attempt), max_age_s=segment_s, stored=self._tell_stored
+        )
+        self._on_the_way: deque[tuple[int, int]] = deque()
+        self._written_size = 0
         self._folder = tempfile.TemporaryDirectory(prefix="tunesmith-")
         self._listener = Listener(str(Path(self._folder.name) / "reports"), "AF_UNIX", authkey=secret)
         self._secret = secret
@@ -126,8 +138,13 @@ class ReportWriter:
         for rank, report in enumerate(reports, start=first_rank):
             lines += [self._line(report, rank, name, value) for name, value in report.sampled.items()]
         if lines:
-            self._metrics.write(b"".join(line.model_dump_json().encode() + b"\n" for line in lines))
+            data = b"".join(line.model_dump_json().encode() + b"\n" for line in lines)
+            self._written_size += len(data)
+            self._on_the_way.append((self._written_size, max(self.last_step, first.step)))
+            self._metrics.write(data)
             self._gauges.set(lines)
+        if first.flush:
+            self._metrics.flush_soon()
         self.last_step = max(self.last_step, first.step)
         for event in first.events:
             self._events.append(event)
@@ -137,6 +154,18 @@ class ReportWriter:
             self._events.write(state=state, phase=first.phase, **first.data)
         if first.products is not None:
             self.products = first.products
+
+    def _tell_stored(self, size: int) -> None:
+        """Tell the workers up to which step storage has the metrics: `size` bytes of them."""
+        step = None
+        while self._on_the_way and self._on_the_way[0][0] <= size:
+            _, step = self._on_the_way.popleft()
+        if step is None:
+            return
+        try:
+            signals.tell_stored(self._name, step)
+        except Exception:  # a thread's border: the records go on without Ray
+            logger.exception("%s: the workers could not be told of step %d", self._name, step)
 
     def _line(self, report: Report, rank: int | None, name: str, value: float) -> MetricLine:
         return MetricLine(time=report.time, attempt=self._attempt, step=report.step, rank=rank, name=name, value=value)

@@ -140,9 +140,9 @@ class HungError(WorkerLostError):
 
 def _hang(run: str, cards: int, timeout_s: float) -> HungError | None:
     """That the run's workers ended for they hung; None where none of them said so."""
-    from trainers import hangs
+    from trainers import signals
 
-    spoke = hangs.take(run)
+    spoke = signals.take_hangs(run)
     if not spoke:
         return None
     return HungError(timeout_s, spoke=spoke, silent=[rank for rank in range(cards) if rank not in spoke])

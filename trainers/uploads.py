@@ -47,14 +47,14 @@ class Uploads:
         self.stored_step: int | None = None
         """Step of the newest checkpoint in storage."""
 
-    def add_checkpoint(self, step: int, folder: Path) -> None:
-        """Take the files of a whole checkpoint away from `folder`, and return."""
+    def add_checkpoint(self, step: int, folder: Path, wait: Callable[[], object] = lambda: None) -> None:
+        """Take the files of a whole checkpoint away from `folder`, and return. It counts once `wait` has returned."""
         place = self._folder / str(step)
         shutil.move(folder, place)
 
         def store() -> None:
             upload_checkpoint(
-                self._storage, place, job_id=self._job_id, attempt=self._attempt, step=step, keep=self._keep
+                self._storage, place, job_id=self._job_id, attempt=self._attempt, step=step, keep=self._keep, wait=wait
             )
 
         self._add(_Upload(f"checkpoint of step {step}", store, step))

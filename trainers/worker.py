@@ -17,7 +17,7 @@ import ray.train
 import torch
 from ray.train.v2._internal.execution import context as train_context
 
-from trainers import hangs
+from trainers import memory, signals
 from trainers.checkpoints import newest_checkpoint
 from trainers.data import Data, load_data
 from trainers.evaluation import HeldOut, answer, evaluation
@@ -33,6 +33,7 @@ from trainers.watchdog import Watchdog, end_hung
 from tunesmith import adapters, layout
 from tunesmith.clock import utc_text
 from tunesmith.errors import NotFoundError, TunesmithError
+from tunesmith.flavors import get_flavor
 from tunesmith.patience import PatientStorage, open_patiently
 from tunesmith.settings import Settings
 from tunesmith.spec import TrainJob
@@ -75,7 +76,7 @@ def _run(task: Task, worker: Worker, storage: PatientStorage, settings: Settings
     job = task.job
     keep = int(job.advanced["save_total_limit"])
     uploads = Uploads(storage, job_id=job.id, attempt=task.attempt, keep=keep)
-    reports = _Reports(worker, uploads)
+    reports = _Reports(worker, uploads, save_steps=int(job.hyperparameters["save_steps"]))
     torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
     base, dataset = fetch(job.model_url, settings).folder, fetch(job.dataset_url, settings)
     data = load_data(job, base, dataset, storage, settings)
@@ -84,9 +85,13 @@ def _run(task: Task, worker: Worker, storage: PatientStorage, settings: Settings
     counts = {"rows": len(rows), "skipped": rows.skipped, "truncated": rows.truncated}
     logger.info("%s: rows %s; held out: %s", job.id, counts, len(data.eval_rows) if data.eval_rows else "none")
 
+    if set(job.resources) == {"CPU"}:  # an accelerator's memory is what runs out there
+        memory.limit(get_flavor(job.flavor).memory_gib << 30)
+
     def save(step: int, folder: Path | None) -> None:
         if folder is not None:
-            uploads.add_checkpoint(step, folder)
+            reported = reports.last_step
+            uploads.add_checkpoint(step, folder, lambda: _wait_until_stored(task, reported, settings))
 
     def evaluated(step: int, model: Any, loss: float) -> None:
         assert data.eval_rows is not None
@@ -129,7 +134,7 @@ def _run(task: Task, worker: Worker, storage: PatientStorage, settings: Settings
                 report=reports.metrics,
                 save=save,
                 should_stop=should_stop,
-                phase=lambda name, data: reports.send(phase=name, data=data),
+                phase=reports.phase,
                 evaluated=evaluated,
             ),
             worker=worker,
@@ -177,26 +182,45 @@ def _held_out(data: Data, job: TrainJob) -> HeldOut:
     return HeldOut.of(examples, data.tokenizer, job.hyperparameters, job.advanced)
 
 
+def _wait_until_stored(task: Task, step: int, settings: Settings) -> None:
+    """Until storage has the metrics up to `step`: who goes on from a checkpoint does no step before it again."""
+    name, ends_at = f"{task.job.id}-a{task.attempt}", time.monotonic() + settings.storage_patience_s
+    while signals.stored_step(name) < step:
+        if time.monotonic() > ends_at:
+            logger.warning("%s: storage has not the metrics of step %d; its checkpoint counts all the same", name, step)
+            return
+        time.sleep(0.1)
+
+
 def _watchdog(task: Task, rank: int, timeout_s: float) -> Watchdog:
-    return Watchdog(timeout_s, lambda where: end_hung(where, timeout_s, lambda: hangs.tell(task.run, rank)))
+    return Watchdog(timeout_s, lambda where: end_hung(where, timeout_s, lambda: signals.tell_hang(task.run, rank)))
 
 
 class _Reports:
     """Sends Reports; every worker must send the same number of them, for each is a barrier."""
 
-    def __init__(self, worker: Worker, uploads: Uploads) -> None:
+    def __init__(self, worker: Worker, uploads: Uploads, *, save_steps: int) -> None:
         self._worker = worker
         self._uploads = uploads
+        self._save_steps, self._total_steps = save_steps, 0
+        self.last_step = 0
+        """The newest step of which metrics were sent."""
         self._process = psutil.Process()
         self._process.cpu_percent()
 
     def send(self, step: int = 0, **parts: Any) -> None:
         ray.train.report({KEY: Report(time=utc_text(), step=step, events=self._uploads.ended(), **parts)})
 
+    def phase(self, name: str, data: Mapping[str, int]) -> None:
+        self._total_steps = data.get("total_steps", self._total_steps)
+        self.send(phase=name, data=data)
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         if "loss" in values and self._worker.rank == 0:
             logger.info("step %d LOSS %.4f learning rate %.3g", step, values["loss"], values["learning_rate"])
-        self.send(step, values=values, sampled=self._sample())
+        is_saved = step % self._save_steps == 0 or step == self._total_steps
+        self.send(step, values=values, sampled=self._sample(), flush=is_saved)
+        self.last_step = step
 
     def _sample(self) -> dict[str, float]:
         sampled = {
