@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.ray
 
 PARAMETERS = {"training_methods": [{"name": "full", "hyperparameters": []}]}
 TRY = """
-import glob, json, os, socket, sys
+import json, os, socket, sys
 
 def attempt(what, name):
     try:
@@ -30,24 +31,37 @@ def attempt(what, name):
     except OSError:
         pass
 
-def read(path):
-    return lambda: os.listdir(path) if os.path.isdir(path) else open(path, "rb").read(1)
+def look(path):
+    "Read what is there, and leave a file beside it."
+    folders = os.path.isdir(path) and os.walk(path) or [(os.path.dirname(path), [], [os.path.basename(path)])]
+    for folder, below, names in folders:
+        if folder.startswith(own):
+            below.clear()
+            continue
+        for name in names:
+            if name != "was-here":
+                attempt(lambda: open(os.path.join(folder, name), "rb").read(1), os.path.join(folder, name))
+        try:
+            open(os.path.join(folder, "was-here"), "w").close()
+        except OSError:
+            pass
 
 def connect(port):
     return lambda: socket.create_connection(("127.0.0.1", port), timeout=2).close()
 
-got = [name for name in os.environ if name.startswith(("AWS", "RAY", "TUNESMITH")) and name != "TUNESMITH_PROGRAM"]
+env = os.environ
+own = tuple(env["ENV_AG_" + name] for name in ("MODEL_DIR", "DATASET_DIR", "TRAIN_OUTPUT_DIR"))
+own += (os.path.dirname(env["ENV_AG_USER_METRICS_LOG_PATH"]), sys.prefix, sys.base_prefix)
+got = [name for name in env if name.startswith(("AWS", "RAY", "TUNESMITH")) and name != "TUNESMITH_PROGRAM"]
 for path in paths:
-    attempt(read(path), path)
-    attempt(lambda: open(path, "ab"), f"{path} for writing")
+    look(path)
 for port in ports:
     attempt(connect(port), port)
 for pid in pids:
-    attempt(read(f"/proc/{pid}/environ"), f"environment of {pid}")
+    attempt(lambda: open(f"/proc/{pid}/environ", "rb").read(1), f"environment of {pid}")
     attempt(lambda: os.kill(pid, 0), f"a signal to {pid}")
 # Sockets without a file are seen by all who are on a network.
-attempt(lambda: got.extend(line for line in open("/proc/net/unix") if "@" in line), "")
-got = [each for each in got if each]
+got += [line for line in open("/proc/net/unix") if "@" in line]
 """
 MEET = """
 import torch, torch.distributed as dist
@@ -64,12 +78,11 @@ TELL = "open(os.path.join(os.environ['ENV_AG_TRAIN_OUTPUT_DIR'], 'got.json'), 'w
 
 def ports_of(running: Running) -> list[int]:
     """All ports that the platform listens on: the door's, and Ray's own."""
-    found = {
-        connection.laddr.port
-        for process in local.processes_of(running.started)
-        for connection in process.net_connections(kind="tcp")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    found: set[int] = set()
+    for process in local.processes_of(running.started):
+        with suppress(psutil.NoSuchProcess):
+            tcp = process.net_connections(kind="tcp")
+            found |= {connection.laddr.port for connection in tcp if connection.status == psutil.CONN_LISTEN}
     settings = running.settings
     assert {settings.port, settings.ray_port, settings.ray_dashboard_port} <= found
     return sorted(found)
@@ -103,6 +116,8 @@ def run(running: Running, folder: Path, name: str, train: str, **order: Any) -> 
     job = running.client.submit(TrainSpec(**given))
     ended = running.client.wait(job.id)
     assert ended.state == "completed", (ended, jobs.log(running, job.id, "0"), jobs.log(running, job.id, "driver"))
+    assert not [path for place in (running.settings.home, Path("/tmp/ray")) for path in place.glob("**/was-here")]
+    assert not (Path.home() / "was-here").exists()
     return json.loads(running.storage.get(f"models/{name}-new/1/files/got.json"))
 
 

@@ -63,6 +63,17 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def test_a_checkpoint_counts_once_what_it_waits_for_has_come(tmp_path: Path) -> None:
+    storage, come = FolderStorage(tmp_path / "storage"), threading.Event()
+    with uploads(storage) as beside:
+        beside.add_checkpoint(10, made(tmp_path, 10), come.wait)
+        key = layout.checkpoint(f"job-{os.getpid()}", 1, 10)
+        until(lambda: storage.exists(f"{key}/state.json"))
+        assert steps(storage) == []
+        come.set()
+    assert steps(storage) == [10]
+
+
 def test_the_newest_are_stored_whole_and_older_ones_deleted(tmp_path: Path) -> None:
     storage = FolderStorage(tmp_path / "storage")
     with uploads(storage) as beside:

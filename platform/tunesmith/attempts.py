@@ -156,7 +156,8 @@ def fence(storage: Storage, job_id: str, attempt: int, *, by: Claim, message: st
 def failure(error: BaseException) -> Result:
     """The result of an attempt that ended with `error`."""
     if isinstance(error, TunesmithError):
-        return Result(outcome="failed", reason=error.reason, message=str(error), error=error.as_dict(), time=utc_text())
+        message = f"{error.message}; {error.hint}" if error.hint else error.message
+        return Result(outcome="failed", reason=error.reason, message=message, error=error.as_dict(), time=utc_text())
     message = f"{type(error).__name__}: {error}"
     return Result(outcome="failed", reason="platform_error", message=message, time=utc_text())
 
