@@ -36,7 +36,8 @@ def running(folder: Path, code: str, *, isolation: str = "bubblewrap", largest: 
     (folder / "out").mkdir()
     room = Room([], [folder / "out"], folder / "tmp", False, {"CPU": 1}, largest)
     command = [sys.executable, "-c", code]
-    with Program(command, cwd=folder / "out", room=room, variables={"GIVEN": "1"}, settings=settings) as program:
+    launch = sandbox.launch(command, cwd=folder / "out", room=room, variables={"GIVEN": "1"}, settings=settings)
+    with Program(launch) as program:
         yield program
 
 
