@@ -108,7 +108,7 @@ def free_port() -> int:
 def publish_output(worker: Worker) -> tuple[list[File], list[str], bool]:
     """Store the output as the new model's files; the files, what was left out, and whether they are a language model.
 
-    What the base model has of `gallery_train/` and README.md goes with it as it is.
+    What the base model has for its training goes with it as it is.
     """
     settings = Settings.from_env()
     storage = open_storage(worker.storage_url, settings)
@@ -118,7 +118,7 @@ def publish_output(worker: Worker) -> tuple[list[File], list[str], bool]:
 
     base = fetch(worker.job.model_url, settings)
     own = _folder(settings, worker) / "own"
-    _write_own(worker, base.folder, own, storage)
+    _write_own(worker, base, own, storage)
     kept = set(outputs.walk(own).files)
     prefix = layout.asset_files(*output(worker.job))
     folder = _folder(settings, worker) / "output"
@@ -150,12 +150,14 @@ def _folder(settings: Settings, worker: Worker) -> Path:
     return settings.home / "runs" / worker.folder_name
 
 
-def _write_own(worker: Worker, base: Path, own: Path, storage: Storage) -> None:
+def _write_own(worker: Worker, base: Fetched, own: Path, storage: Storage) -> None:
     """The files of the new model that are not the program's."""
-    job = worker.job
-    shutil.copytree(base / FOLDER, own / FOLDER)
-    if (base / "README.md").is_file():
-        shutil.copyfile(base / "README.md", own / "README.md")
+    job, gallery = worker.job, base.manifest.gallery
+    shutil.copytree(base.folder / FOLDER, own / FOLDER)
+    for name in ("README.md", *(gallery.needed_files if gallery is not None else ())):
+        if (base.folder / name).is_file():
+            (own / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.folder / name, own / name)
     (own / "training_logs").mkdir()
     filled = {"data_url": job.dataset_url, "train_url": job.output_url, "method": job.method, **job.advanced}
     text = json.dumps({**filled, **job.hyperparameters}, indent=2, ensure_ascii=False)

@@ -75,6 +75,15 @@ class Gallery(BaseModel):
     problems: list[str] = []
     """What is missing or malformed, each with file, line and key."""
 
+    @property
+    def needed_files(self) -> list[str]:
+        """Files of the model beyond its `gallery_train/` that its training needs."""
+        if self.image_url is None or self.problems:
+            return []
+        command, reference = self.command_path or "/", parse_image(self.image_url)
+        files = [reference.name] if reference.is_in_model else []
+        return files if command.startswith("/") else [*files, command]
+
     def method(self, name: str | None) -> Method:
         """The method called `name`, or the only one. SpecError names those there are."""
         names = [method.name for method in self.methods]
