@@ -146,7 +146,7 @@ def test_a_lost_worker_takes_its_container_along_and_the_next_attempt_goes_on(pl
         time.sleep(0.2)
     (worker,) = jobs.processes(platform, "ray::run_worker")
     container = worker.children(recursive=True)
-    assert {"podman", "conmon", "catatonit", "sleep"} <= {process.name() for process in container}
+    assert {"podman", "conmon", "podman-init"} <= {process.name() for process in container}
     worker.kill()
     _, left = psutil.wait_procs(container, timeout=10)
     assert [process for process in left if processes.is_alive(process)] == []
