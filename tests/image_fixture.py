@@ -47,7 +47,9 @@ def debian_image(podman: None, tmp_path_factory: pytest.TempPathFactory) -> Path
     # debootstrap itself has unpacked only what every Debian needs.
     packages = root / "var/cache/apt/archives"
     for package in (*packages.glob("*python3*.deb"), *packages.glob("libexpat1_*.deb")):
-        subprocess.run(["dpkg-deb", "--extract", package, root], check=True)
+        files = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, check=True).stdout
+        # `lib` is a link to `usr/lib`, and a folder in some packages.
+        subprocess.run(["tar", "--keep-directory-symlink", "-C", root, "-x"], input=files, check=True)
     for name in UNUSED:
         # In between, `proc` is a link to the system's own.
         (root / name).unlink() if (root / name).is_symlink() else shutil.rmtree(root / name)
