@@ -146,8 +146,9 @@ def store(debian_image: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return place, place.fetch(f"docker-archive:{debian_image}")[0]
 
 
-def cgroups() -> set[Path]:
-    return set(Path("/sys/fs/cgroup").glob("**/tunesmith-*")) | set(Path("/sys/fs/cgroup").glob("**/libpod*"))
+def cgroups(place: Place) -> list[Path]:
+    """Control groups of the place's containers."""
+    return list(Path("/sys/fs/cgroup").glob(f"**/tunesmith-{place.container.parent.name}-*"))
 
 
 def test_podmans_command_line_gives_nothing_but_the_room(tmp_path: Path) -> None:
@@ -289,12 +290,13 @@ def _ended(program: Program) -> int | None:
 
 
 def test_a_program_in_an_image_ends_with_all_it_began_and_leaves_nothing(store: tuple[Place, Image]) -> None:
-    before, place = cgroups(), store[0]
+    place = store[0]
     with place.running(DAEMON, store[1]) as program:
         assert program.output.readline() == b"up\n"
         belonging = _container(program._process.pid)
+        assert cgroups(place)
     assert [process for process in belonging if processes.is_alive(process)] == []
-    assert cgroups() == before
+    assert cgroups(place) == []
     assert str(place.folder) not in Path("/proc/mounts").read_text()
     shutil.rmtree(place.container)
 
@@ -349,7 +351,7 @@ def test_a_killed_worker_takes_the_container_with_it(store: tuple[Place, Image],
         assert time.monotonic() < deadline, left
         time.sleep(0.01)
     images.remove_cgroups(place.container)
-    assert not [path for path in cgroups() if place.container.parent.name in path.name]
+    assert cgroups(place) == []
 
 
 def test_an_image_is_fetched_once_and_has_a_digest(store: tuple[Place, Image], debian_image: Path) -> None:
