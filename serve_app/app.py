@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from fastapi import APIRouter, FastAPI, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
@@ -27,8 +29,13 @@ def get_health() -> HealthView:
     return HealthView(version=__version__)
 
 
-def make_app(settings: Settings, *, proxied: bool = False) -> FastAPI:
-    """The door over the record store and storage of `settings`; `proxied`: behind Serve's proxy."""
+def make_app(
+    settings: Settings, *, proxied: bool = False, capacity: Callable[[], Mapping[str, float]] | None = None
+) -> FastAPI:
+    """The door over the record store and storage of `settings`; `proxied`: behind Serve's proxy.
+
+    `capacity`: what the cluster has, asked where an order depends on it.
+    """
     app = FastAPI(
         title="Tunesmith",
         version=__version__,
@@ -40,6 +47,7 @@ def make_app(settings: Settings, *, proxied: bool = False) -> FastAPI:
         settings=settings,
         store=RecordStore(settings.database_url),
         storage=open_storage(settings.storage_url, settings),
+        capacity=capacity,
     )
     # Border checks the token, before any body is read; this writes it into the OpenAPI document.
     bearer = Security(HTTPBearer(auto_error=False, description="the door's token"))

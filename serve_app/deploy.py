@@ -47,7 +47,7 @@ class DoorReplica:
         self._settings = settings
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self._settings, proxied=True)
+        return make_app(self._settings, proxied=True, capacity=RayLauncher(self._settings).capacity)
 
 
 @serve.deployment(name=RECONCILER, **_CARE)

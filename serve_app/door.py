@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,6 +20,8 @@ class Door:
     settings: Settings
     store: RecordStore
     storage: Storage
+    capacity: Callable[[], Mapping[str, float]] | None
+    """All resources of the cluster; None where there is none to ask."""
 
 
 def _door(request: Request) -> Door:

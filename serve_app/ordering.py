@@ -46,6 +46,7 @@ def plan(door: Door, spec: TrainSpec | RegisterSpec) -> TrainJob | RegisterJob:
         account=door.settings.account,
         job_id=new_job_id(),
         created_at=utc_text(),
+        capacity=door.capacity,
     )
 
 

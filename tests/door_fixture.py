@@ -24,8 +24,8 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
-    """The model `tiny` and the dataset `sums` are there; there is no token."""
-    app = make_app(settings)
+    """The model `tiny` and the dataset `sums` are there; there is no token, and the cluster has 2 CPUs alone."""
+    app = make_app(settings, capacity=lambda: {"CPU": 2.0})
     app.state.door.store.migrate()
     publish_inputs(app.state.door.storage)
     with TestClient(app, raise_server_exceptions=False) as client:

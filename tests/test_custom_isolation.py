@@ -13,6 +13,7 @@ import pytest
 
 from tests import galleries, jobs
 from tests.ray_fixture import Running
+from trainers import sandbox
 from trainers.program import Program
 from trainers.sandbox import Room
 from tunesmith import local
@@ -142,7 +143,8 @@ def said_on_the_nodes_network(running: Running, folder: Path, code: str, variabl
     room = Room([], [], folder / "tmp", "node", {"CPU": 1}, 1 << 30)
     given = dict(variable.split("=") for variable in variables)
     command = [sys.executable, "-c", code]
-    with Program(command, cwd=Path("/"), room=room, variables=given, settings=running.settings) as program:
+    launch = sandbox.launch(command, cwd=Path("/"), room=room, variables=given, settings=running.settings)
+    with Program(launch) as program:
         return program.output.read().decode()
 
 

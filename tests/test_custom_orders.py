@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from serve_app.door import Door
 from tests import galleries
 from tests.door_fixture import error_of
 from tests.stage import make_manifest
@@ -80,7 +82,19 @@ def test_a_text_model_with_a_gallery_is_trained_either_way(client: TestClient) -
         ({"advanced": {"packing": "on"}, "hyperparameters": {"labels": "y"}}, "not_for_custom", "advanced.packing", ""),
         ({"training_type": "text-generation"}, "training_type_not_allowed", "training_type", "allowed: custom"),
         ({"model": "stone"}, "not_trainable", "model", "the folder gallery_train/ is missing"),
-        ({"model": "boxed", "hyperparameters": {"labels": "y"}}, "not_supported", "model", "registry/train:1"),
+        (
+            {"model": "boxed", "hyperparameters": {"labels": "y"}},
+            "no_podman",
+            "model",
+            "no node of the cluster has podman",
+        ),
+        ({"model": "boxed"}, "missing_hyperparameter", "hyperparameters.labels", "needs labels"),
+        (
+            {"model": "boxed", "training_type": "text-generation"},
+            "training_type_not_allowed",
+            "training_type",
+            "custom",
+        ),
         ({"model": "tiny", "training_type": "custom"}, "training_type_not_allowed", "training_type", "custom"),
         ({"model": "chat", "dataset": "sums"}, "unknown_method", "method", "is LoRA, got 'full'"),
     ],
@@ -93,6 +107,14 @@ def test_what_a_custom_order_may_not_ask_is_refused_at_the_door(
         assert error["fields"] == [field]
         assert says in error["message"]
     assert client.get("/v1/jobs").json()["items"] == []
+
+
+@pytest.mark.usefixtures("models")
+def test_an_order_for_an_image_asks_for_nodes_with_podman(client: TestClient, door: Door) -> None:
+    client.app.state.door = replace(door, capacity=lambda: {"CPU": 2.0, "podman": 1.0})  # type: ignore[attr-defined]
+    job = plan(client, model="boxed", hyperparameters={"labels": "y"})
+    assert (job.training_type, job.resources) == ("custom", {"CPU": 1.0, "podman": 0.001})
+    assert plan(client, hyperparameters={"labels": "y"}).resources == {"CPU": 1.0}
 
 
 @pytest.mark.usefixtures("models")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from trainers import sandbox
 from trainers.networks import OwnNetwork, own_network
 from trainers.program import Program
 from trainers.sandbox import Room
@@ -20,7 +21,8 @@ def program(folder: Path, network: OwnNetwork, code: str) -> Program:
     settings = Settings.from_env({"TUNESMITH_HOME": str(folder / "home")})
     folder.mkdir()
     room = Room([], [folder], folder, network, {"CPU": 1}, 1 << 30)
-    return Program([sys.executable, "-c", code], cwd=folder, room=room, variables={}, settings=settings)
+    command = [sys.executable, "-c", code]
+    return Program(sandbox.launch(command, cwd=folder, room=room, variables={}, settings=settings))
 
 
 def test_programs_of_a_job_reach_each_other_and_no_port_of_the_node(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from unittest import mock
 import psutil
 import pytest
 
-from trainers import bubblewrap, outputs
+from trainers import bubblewrap, outputs, sandbox
 from trainers.bubblewrap import IsolationError
 from trainers.environments import Environment, own_environment
 from trainers.metrics_file import MAX_POINTS, MAX_QUOTED, MetricsFile, Point
@@ -37,7 +37,8 @@ def running(folder: Path, code: str, *, isolation: str = "bubblewrap", largest: 
     (folder / "out").mkdir()
     room = Room([], [folder / "out"], folder / "tmp", "none", {"CPU": 1}, largest)
     command = [sys.executable, "-c", code]
-    with Program(command, cwd=folder / "out", room=room, variables={"GIVEN": "1"}, settings=settings) as program:
+    launch = sandbox.launch(command, cwd=folder / "out", room=room, variables={"GIVEN": "1"}, settings=settings)
+    with Program(launch) as program:
         yield program
 
 

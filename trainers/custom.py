@@ -10,7 +10,7 @@ from typing import Any
 from trainers.attempt import Attempt
 from trainers.custom_worker import Said, Worker, free_port, keep_output, publish_output, run_worker
 from trainers.reports import ReportWriter, report_writer
-from tunesmith import catalog, layout
+from tunesmith import catalog, images, layout
 from tunesmith.attempts import Result
 from tunesmith.catalog import Manifest
 from tunesmith.clock import utc_text
@@ -26,13 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 def run_custom(attempt: Attempt, job: TrainJob) -> Result:
-    """Run the model's `train.py` on all workers, publish what it leaves, and say how it went."""
+    """Run the model's own program on all workers, publish what it leaves, and say how it went."""
     import ray
     from ray.exceptions import RayError
     from ray.util.placement_group import placement_group, remove_placement_group
 
     deadline = time.time() + job.max_run_time_s if job.max_run_time_s is not None else None
     ray.init(logging_level=logging.WARNING)
+    if images.RESOURCE in job.resources:
+        images.check_cluster(ray.cluster_resources(), model=job.model)
     group = placement_group([dict(job.resources) for _ in range(job.cards)], strategy="PACK")
     try:
         stopped = _wait_for(group, attempt, deadline)

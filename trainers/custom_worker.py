@@ -1,4 +1,7 @@
-"""One worker of a custom job: `train.py` as a child in its room, followed until it ends. A Ray task runs this."""
+"""One worker of a custom job: the model's program as a child in its room, followed until it ends. A Ray task runs this.
+
+The program is `gallery_train/train.py` with the platform's Python, or what the model's card names in an image.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,18 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers import outputs
+from trainers import images, outputs, sandbox
 from trainers.environments import Environment, own_environment
 from trainers.fetch import Fetched, fetch
+from trainers.images import Image
 from trainers.metrics_file import MetricsFile
 from trainers.networks import OwnNetwork, own_network
-from trainers.program import Program
+from trainers.program import Launch, Program
 from trainers.program_log import ProgramLog
 from trainers.reports import Report
 from trainers.sandbox import Network, Room
@@ -41,6 +45,8 @@ STOP_LOOK_S = 2.0
 """Between two looks at the stop object in storage."""
 COPY_S = 30.0
 """Between two looks for new files in the output, which are then kept in storage."""
+CONTAINER = "container"
+"""Folder of a worker's container, in that of its run."""
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +93,7 @@ class _StopError(Exception):
 
 
 def run_worker(worker: Worker) -> Iterator[Said]:
-    """Run `train.py` to its end, telling how it goes. What ends it is in the last thing said."""
+    """Run the program to its end, telling how it goes. What ends it is in the last thing said."""
     settings = Settings.from_env()
     storage = open_storage(worker.storage_url, settings)
     try:
@@ -111,7 +117,7 @@ def free_port() -> int:
 def publish_output(worker: Worker) -> tuple[list[File], list[str], bool]:
     """Store the output as the new model's files; the files, what was left out, and whether they are a language model.
 
-    What the base model has of `gallery_train/` and README.md goes with it as it is.
+    What the base model has for its training goes with it as it is.
     """
     settings = Settings.from_env()
     storage = open_storage(worker.storage_url, settings)
@@ -121,7 +127,7 @@ def publish_output(worker: Worker) -> tuple[list[File], list[str], bool]:
 
     base = fetch(worker.job.model_url, settings)
     own = _folder(settings, worker) / "own"
-    _write_own(worker, base.folder, own, storage)
+    _write_own(worker, base, own, storage)
     kept = set(outputs.walk(own).files)
     prefix = layout.asset_files(*output(worker.job))
     folder = _folder(settings, worker) / "output"
@@ -163,21 +169,21 @@ def _clean(settings: Settings, worker: Worker) -> None:
     _network_file(settings, worker).unlink(missing_ok=True)
 
 
-def _write_own(worker: Worker, base: Path, own: Path, storage: Storage) -> None:
+def _write_own(worker: Worker, base: Fetched, own: Path, storage: Storage) -> None:
     """The files of the new model that are not the program's."""
-    job = worker.job
-    shutil.copytree(base / FOLDER, own / FOLDER)
-    if (base / "README.md").is_file():
-        shutil.copyfile(base / "README.md", own / "README.md")
+    job, gallery = worker.job, base.manifest.gallery
+    shutil.copytree(base.folder / FOLDER, own / FOLDER)
+    for name in ("README.md", *(gallery.needed_files if gallery is not None else ())):
+        if (base.folder / name).is_file():
+            (own / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.folder / name, own / name)
     (own / "training_logs").mkdir()
     filled = {"data_url": job.dataset_url, "train_url": job.output_url, "method": job.method, **job.advanced}
     text = json.dumps({**filled, **job.hyperparameters}, indent=2, ensure_ascii=False)
     (own / "training_logs" / "user_params.json").write_text(text, encoding="utf-8")
-    try:
-        lock = storage.get(layout.requirements_lock(job.id, worker.attempt))
-    except NotFoundError:
-        return
-    (own / "training_logs" / "requirements.lock").write_bytes(lock)
+    for key in (layout.requirements_lock(job.id, worker.attempt), layout.image_lock(job.id, worker.attempt)):
+        with suppress(NotFoundError):
+            (own / "training_logs" / key.rpartition("/")[2]).write_bytes(storage.get(key))
 
 
 class _Run:
@@ -188,11 +194,13 @@ class _Run:
         self._memory_bytes = get_flavor(self._job.flavor).memory_gib << 30
         self._next_stop_look = 0.0
         self._step = 0
+        self._program_name = TRAIN
 
     def steps(self) -> Iterator[Said]:
         yield self._phase("fetch")
         # A driver or worker that was lost may have left some.
         for left in self._folder.parent.glob(f"{self._job.id}-a*-{self._worker.rank}"):
+            images.remove_cgroups(left / CONTAINER)
             shutil.rmtree(left, ignore_errors=True)
         for name in ("output", "metrics", "tmp"):
             (self._folder / name).mkdir(mode=0o700, parents=True)
@@ -206,22 +214,28 @@ class _Run:
         with SegmentWriter(self._storage, key, max_age_s=self._settings.segment_s) as segments:
             log = ProgramLog(segments)
             yield self._phase("environment")
-            environment = own_environment(
-                base.folder / FOLDER / REQUIREMENTS,
-                account=self._job.account,
-                settings=self._settings,
-                log=log,
-                watch=self._wait,
-            )
-            if environment.lock is not None and self._worker.rank == 0:
-                lock_key = layout.requirements_lock(self._job.id, self._worker.attempt)
-                self._storage.put(lock_key, environment.lock.encode())
+            place = self._environment(base, log)
+            if place.lock is not None and self._worker.rank == 0:
+                of_job = layout.image_lock if isinstance(place, Image) else layout.requirements_lock
+                self._storage.put(of_job(self._job.id, self._worker.attempt), place.lock.encode())
             yield self._phase("train")
             with self._network() as network:
-                result = yield from self._train(base, dataset, environment, log, network, restored=restored > 0)
+                result = yield from self._train(base, dataset, place, log, network, restored=restored > 0)
         if self._worker.rank != 0:
             yield self._drop_output()
         yield Said(result=result)
+
+    def _environment(self, base: Fetched, log: ProgramLog) -> Environment | Image:
+        """Where the program runs: the platform's Python with what the model needs besides, or the model's image."""
+        gallery, requirements = base.manifest.gallery, base.folder / FOLDER / REQUIREMENTS
+        if gallery is None or gallery.image_url is None:
+            account = self._job.account
+            return own_environment(requirements, account=account, settings=self._settings, log=log, watch=self._wait)
+        self._program_name = gallery.command_path or TRAIN
+        if requirements.is_file():
+            log.write(b"requirements.txt is not installed: the image holds what the program needs")
+        url = gallery.image_url
+        return images.fetch_image(url, model=base.folder, settings=self._settings, log=log, watch=self._wait)
 
     def _drop_output(self) -> Said:
         """Of another worker than 0 nothing is kept."""
@@ -234,14 +248,14 @@ class _Run:
         self,
         base: Fetched,
         dataset: Fetched,
-        environment: Environment,
+        place: Environment | Image,
         log: ProgramLog,
         network: Network,
         *,
         restored: bool,
     ) -> Generator[Said, None, Result]:
         """Says how it goes; at its end the result."""
-        own = [environment.folder] if environment.folder is not None else []
+        own = [place.folder] if isinstance(place, Environment) and place.folder is not None else []
         room = Room(
             readable=[base.folder, dataset.folder, *own],
             writable=[self._folder / "output", self._folder / "metrics"],
@@ -251,13 +265,8 @@ class _Run:
             largest_file_bytes=self._settings.program_disk_gib << 30,
         )
         metrics_path = self._folder / "metrics" / "metrics.log"
-        program = Program(
-            [str(environment.python), TRAIN],
-            cwd=base.folder / FOLDER,
-            room=room,
-            variables=self._variables(base.folder, dataset.folder, metrics_path, network, restored=restored),
-            settings=self._settings,
-        )
+        variables = self._variables(base.folder, dataset.folder, metrics_path, network, restored=restored)
+        program = Program(self._launch(place, base.folder, room, variables))
         metrics, stopped = MetricsFile(metrics_path), None
         with log.following(program), self._output_kept():
             while program.exit_code() is None:
@@ -270,8 +279,26 @@ class _Run:
                     break
                 time.sleep(LOOK_S)
             code = program.exit_code()
+        images.remove_cgroups(self._folder / CONTAINER)
         yield self._look(None, metrics, log)
         return self._result(code, stopped, log)
+
+    def _launch(self, place: Environment | Image, model: Path, room: Room, variables: dict[str, str]) -> Launch:
+        cwd = model / FOLDER
+        if isinstance(place, Environment):
+            return sandbox.launch(
+                [str(place.python), TRAIN], cwd=cwd, room=room, variables=variables, settings=self._settings
+            )
+        return images.launch(
+            images.program_command(str(model / self._program_name)),
+            cwd=cwd,
+            room=room,
+            variables=variables,
+            image=place,
+            folder=self._folder / CONTAINER,
+            memory_bytes=self._memory_bytes,
+            settings=self._settings,
+        )
 
     def _stop(self, program: Program, reason: str) -> Iterator[Said]:
         """SIGTERM, a wait, and then the end of it."""
@@ -279,7 +306,7 @@ class _Run:
             return
         grace_s = self._settings.stop_grace_s / 2
         if self._worker.rank == 0:
-            message = f"{TRAIN} was sent SIGTERM; after {grace_s:g} s it is killed"
+            message = f"{self._program_name} was sent SIGTERM; after {grace_s:g} s it is killed"
             yield Said(events=[(message, {"grace_s": grace_s})])
         program.terminate()
         ends_at = time.monotonic() + grace_s
@@ -289,12 +316,12 @@ class _Run:
     def _result(self, code: int | None, stopped: str | None, log: ProgramLog) -> Result:
         if stopped is not None:
             how = "was killed" if code is None else f"ended with exit code {code}"
-            return Result(outcome="stopped", reason=stopped, message=f"{TRAIN} {how}", time=utc_text())
+            return Result(outcome="stopped", reason=stopped, message=f"{self._program_name} {how}", time=utc_text())
         if code == 0:
             return Result(outcome="completed", time=utc_text(), summary={"steps": self._step})
         how = f"exit code {code}" if code is not None and code < 128 else f"signal {(code or 128) - 128}"
         raise SpecError(
-            f"{TRAIN} of worker {self._worker.rank} ended with {how}; its last lines:\n{log.tail()}",
+            f"{self._program_name} of worker {self._worker.rank} ended with {how}; its last lines:\n{log.tail()}",
             hint="the worker's log has all that it wrote"
             + ("; signal 9 may be the node's memory that ran out" if code == 137 else ""),
             code="train_failed",
@@ -323,7 +350,7 @@ class _Run:
             sample = program.sample()
             if sample.rss_bytes > self._memory_bytes:
                 raise OutOfMemoryError(
-                    f"{TRAIN} of worker {self._worker.rank} takes {sample.rss_bytes >> 20} MiB of memory; "
+                    f"{self._program_name} of worker {self._worker.rank} takes {sample.rss_bytes >> 20} MiB of memory; "
                     f"flavor {self._job.flavor} has {self._memory_bytes >> 20}",
                     hint="use less at a time, or choose a larger flavor",
                 )
@@ -349,7 +376,8 @@ class _Run:
         size, limit = outputs.walk(self._folder).size_bytes, self._settings.program_disk_gib << 30
         if size > limit:
             raise SpecError(
-                f"{TRAIN} of worker {self._worker.rank} has written {size >> 20} MiB; allowed are {limit >> 20}",
+                f"{self._program_name} of worker {self._worker.rank} has written {size >> 20} MiB; "
+                f"allowed are {limit >> 20}",
                 hint="delete checkpoints that are not needed; the operator sets TUNESMITH_PROGRAM_DISK_GIB",
                 code="too_much_output",
             )

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainers import sandbox
 from trainers.program import Program
 from trainers.program_log import ProgramLog
 from trainers.sandbox import Room
@@ -57,7 +58,7 @@ def own_environment(
         return Environment(Path(sys.executable), None, None)
     folder = settings.home / "cache" / "environments" / account / _key(requirements)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")):
         if not (folder / LOCK).is_file():
             shutil.rmtree(folder, ignore_errors=True)
             _build(folder, requirements, settings=settings, log=log, watch=watch)
@@ -88,7 +89,8 @@ def _build(
             resources={},
             largest_file_bytes=settings.program_disk_gib << 30,
         )
-        program = Program(command, cwd=requirements.parent, room=room, variables={}, settings=settings)
+        launch = sandbox.launch(command, cwd=requirements.parent, room=room, variables={}, settings=settings)
+        program = Program(launch)
         with log.following(program):
             watch(program)
             code = program.exit_code()
@@ -132,7 +134,7 @@ def _platform_packages() -> list[str]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One builder of an environment at a time on this node."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -14,13 +14,19 @@ from typing import IO, cast
 
 import psutil
 
-from trainers import sandbox
-from trainers.sandbox import Room
 from tunesmith import processes
-from tunesmith.settings import Settings
 
 MARK = "TUNESMITH_PROGRAM"
 """Variable that every process of a program carries."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a program is started in its room."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    cwd: Path
 
 
 @dataclass(frozen=True)
@@ -38,15 +44,12 @@ class Program:
     Made in a thread that lasts: bubblewrap dies with the thread that started it.
     """
 
-    def __init__(
-        self, command: Sequence[str], *, cwd: Path, room: Room, variables: Mapping[str, str], settings: Settings
-    ) -> None:
+    def __init__(self, launch: Launch) -> None:
         self._mark = secrets.token_hex(16)
-        python = Path(command[0])
         self._process = subprocess.Popen(
-            sandbox.command_line(command, cwd=cwd, room=room, settings=settings),
-            cwd=cwd,
-            env=sandbox.environment(room, python, {**variables, MARK: self._mark}, settings),
+            launch.command,
+            cwd=launch.cwd,
+            env={**launch.environment, MARK: self._mark},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -82,9 +85,10 @@ class Program:
         """SIGTERM to the program itself, which may then save what it has and end."""
         with suppress(psutil.Error):
             main = psutil.Process(self._process.pid)
-            # Around it lie bubblewrap's two processes, which would not pass a signal on.
+            # Around it lie bubblewrap's two processes, which would not pass a signal on; podman, the first that they
+            # started, does.
             while main.name() in ("bwrap", "sh") and (below := main.children()):
-                main = below[0]
+                main = min(below, key=psutil.Process.create_time)
             main.send_signal(signal.SIGTERM)
 
     def end(self) -> None:

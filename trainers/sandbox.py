@@ -11,6 +11,7 @@ from typing import Literal
 
 from trainers.bubblewrap import NAMESPACES, find_bubblewrap
 from trainers.networks import LOOPBACK, OwnNetwork
+from trainers.program import Launch
 from tunesmith.settings import Settings
 
 _SYSTEM = (
@@ -38,12 +39,12 @@ _DEVICES = {
 _PASSED_ON = (
     "CUDA_VISIBLE_DEVICES",
     "ASCEND_RT_VISIBLE_DEVICES",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
     "NCCL_SOCKET_IFNAME",
     "GLOO_SOCKET_IFNAME",
 )
 """Variables of the node that a program inside needs; none of them holds a secret."""
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+"""Likewise, where the program sees the node's system."""
 
 
 Network = Literal["none", "node"] | OwnNetwork
@@ -64,6 +65,17 @@ class Room:
     largest_file_bytes: int
 
 
+def launch(
+    command: Sequence[str], *, cwd: Path, room: Room, variables: Mapping[str, str], settings: Settings
+) -> Launch:
+    """How `command`, which begins with the path of its Python, is started in the room with `variables`."""
+    return Launch(
+        command_line(command, cwd=cwd, room=room, settings=settings),
+        environment(room, Path(command[0]), variables, settings),
+        cwd,
+    )
+
+
 def command_line(command: Sequence[str], *, cwd: Path, room: Room, settings: Settings) -> list[str]:
     """The command that runs `command` in the room; alone with its limits where the operator has said `none`.
 
@@ -82,22 +94,28 @@ def command_line(command: Sequence[str], *, cwd: Path, room: Room, settings: Set
         options += ["--ro-bind", str(path), str(path)]
     for path in room.writable:
         options += ["--bind", str(path), str(path)]
-    for kind, patterns in _DEVICES.items():
-        if room.resources.get(kind):
-            options += ["--ro-bind-try", "/sys", "/sys"]
-            for device in sorted(found for pattern in patterns for found in Path("/dev").glob(pattern)):
-                options += ["--dev-bind-try", str(device), str(device)]
+    if found := devices(room):
+        options += ["--ro-bind-try", "/sys", "/sys"]
+        for device in found:
+            options += ["--dev-bind-try", str(device), str(device)]
     inside = [find_bubblewrap(), *options, "--remount-ro", "/", "--chdir", str(cwd), "--", *command]
     return [*limited, *(room.network.entrance() if isinstance(room.network, OwnNetwork) else ()), *inside]
 
 
 def environment(room: Room, python: Path, given: Mapping[str, str], settings: Settings) -> dict[str, str]:
     """The variables of a program in the room: `given` and what any program needs; none of the platform's."""
+    home = "/tmp" if settings.isolation != "none" else str(room.temporary)
+    passed_on = {name: os.environ[name] for name in CERTIFICATES if name in os.environ}
+    path = f"{python.parent}:/usr/local/bin:/usr/bin:/bin"
+    return {"PATH": path, **passed_on, **common_variables(room, home=home), **given}
+
+
+def common_variables(room: Room, *, home: str) -> dict[str, str]:
+    """What any program in a room has."""
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {
-        "PATH": f"{python.parent}:/usr/local/bin:/usr/bin:/bin",
-        "HOME": "/tmp" if settings.isolation != "none" else str(room.temporary),
-        "TMPDIR": "/tmp" if settings.isolation != "none" else str(room.temporary),
+        "HOME": home,
+        "TMPDIR": home,
         "USER": "job",
         "LANG": "C.UTF-8",
         "PYTHONUNBUFFERED": "1",
@@ -105,8 +123,13 @@ def environment(room: Room, python: Path, given: Mapping[str, str], settings: Se
         "OMP_NUM_THREADS": str(max(1, int(room.resources.get("CPU", 1)))),
         **passed_on,
         **(LOOPBACK if isinstance(room.network, OwnNetwork) else {}),
-        **given,
     }
+
+
+def devices(room: Room) -> list[Path]:
+    """The node's device files of the accelerators that the room has."""
+    patterns = [pattern for kind in _DEVICES if room.resources.get(kind) for pattern in _DEVICES[kind]]
+    return sorted(found for pattern in patterns for found in Path("/dev").glob(pattern))
 
 
 def _interpreter() -> list[Path]:

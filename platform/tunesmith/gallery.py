@@ -20,6 +20,7 @@ from tunesmith.cards import FILE as CARD
 from tunesmith.cards import Card
 from tunesmith.errors import SpecError, nearest
 from tunesmith.hyperparameters import ADVANCED, Hyperparameter, Value, resolve
+from tunesmith.images import parse_image
 from tunesmith.located_json import Located, Place, read_json
 
 FOLDER = "gallery_train"
@@ -73,6 +74,15 @@ class Gallery(BaseModel):
     """What runs in that image: the card's `Train_command_path`."""
     problems: list[str] = []
     """What is missing or malformed, each with file, line and key."""
+
+    @property
+    def needed_files(self) -> list[str]:
+        """Files of the model beyond its `gallery_train/` that its training needs."""
+        if self.image_url is None or self.problems:
+            return []
+        command, reference = self.command_path or "/", parse_image(self.image_url)
+        files = [reference.name] if reference.is_in_model else []
+        return files if command.startswith("/") else [*files, command]
 
     def method(self, name: str | None) -> Method:
         """The method called `name`, or the only one. SpecError names those there are."""
@@ -182,10 +192,13 @@ def _card_problems(folder: Path, card: Card) -> Iterator[str]:
         if value is not None and not isinstance(value, str):
             yield problem(key, f"must be text, got {value!r}")
     command = card.text("Train_command_path")
-    if card.text("Train_image_url") is None:
+    url = card.text("Train_image_url")
+    if url is None:
         if command is not None:
             yield problem("Train_command_path", "is for a Train_image_url, which the card does not name")
         return
+    if isinstance(card.values["Train_image_url"], str) and (why := _image_problem(folder, url)):
+        yield problem("Train_image_url", why)
     if command is None:
         yield f"{CARD}: Train_command_path is missing: what runs in the image of Train_image_url"
         return
@@ -197,6 +210,17 @@ def _card_problems(folder: Path, card: Card) -> Iterator[str]:
             yield problem("Train_command_path", f"leads out of the model's folder: {command!r}")
         elif not (folder / command).is_file():
             yield problem("Train_command_path", f"names no file of the model: {command!r}")
+
+
+def _image_problem(folder: Path, url: str) -> str | None:
+    """What is wrong with the name of an image; the image itself is not looked at."""
+    try:
+        reference = parse_image(url)
+    except SpecError as error:
+        return error.message
+    if reference.is_in_model and not (folder / reference.name).is_file():
+        return f"names no file of the model: {reference.name!r}"
+    return None
 
 
 def _read(path: Path, problems: list[str], *, may_be_empty: bool) -> str | None:

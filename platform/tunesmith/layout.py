@@ -109,6 +109,11 @@ def requirements_lock(job_id: str, number: int) -> str:
     return f"{attempt(job_id, number)}/requirements.lock"
 
 
+def image_lock(job_id: str, number: int) -> str:
+    """Which image a custom job ran in."""
+    return f"{attempt(job_id, number)}/image.json"
+
+
 def checkpoints(job_id: str, number: int) -> str:
     return f"{attempt(job_id, number)}/checkpoints"
 

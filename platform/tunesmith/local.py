@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -176,6 +176,7 @@ def _start_ray(settings: Settings, num_cpus: int | None, object_store_memory: in
         options["num-cpus"] = num_cpus
     if object_store_memory is not None:
         options["object-store-memory"] = object_store_memory
+    options["resources"] = _find_podman(environment)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
     with (settings.home / "ray.log").open("wb") as log:
@@ -193,6 +194,15 @@ def _start_ray(settings: Settings, num_cpus: int | None, object_store_memory: in
     )
     _write(settings, platform)
     return platform
+
+
+def _find_podman(environment: Mapping[str, str]) -> str:
+    """Ray's resources, as JSON, by which a node says that podman works there."""
+    if shutil.which("podman") is None:
+        return "{}"
+    command = [sys.executable, "-m", "trainers.images"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else "{}"
 
 
 def _start_door(settings: Settings, platform: Platform) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
-from tunesmith import layout
+from tunesmith import images, layout
 from tunesmith.adapters import find_adapter
 from tunesmith.catalog import Manifest, get_manifest, newest_version
 from tunesmith.columns import find_form
@@ -31,10 +31,18 @@ def new_job_id() -> str:
 
 
 def draft(
-    spec: TrainSpec | RegisterSpec, *, storage: Storage, settings: Settings, account: str, job_id: str, created_at: str
+    spec: TrainSpec | RegisterSpec,
+    *,
+    storage: Storage,
+    settings: Settings,
+    account: str,
+    job_id: str,
+    created_at: str,
+    capacity: Callable[[], Mapping[str, float]] | None = None,
 ) -> TrainJob | RegisterJob:
     """Check `spec` and fill it in; the output's version is one above the newest in storage.
 
+    `capacity`: all resources of the cluster; without it, what only some clusters have is left to the job to find out.
     Raises SpecError, or DataError for a dataset without the named columns, that says what was given, what is allowed
     and what to do.
     """
@@ -46,7 +54,7 @@ def draft(
     dataset = get_manifest(storage, "dataset", spec.dataset)
     training_type = _training_type(spec, model)
     if training_type == CUSTOM:
-        settled = _settle_custom(spec, model)
+        settled = _settle_custom(spec, model, capacity)
     else:
         settled = _settle_text(spec, model, dataset, training_type, flavor, storage)
     version = newest_version(storage, "model", spec.output_model) + 1
@@ -62,7 +70,7 @@ def draft(
         advanced=settled.advanced,
         flavor=spec.flavor,
         cards=spec.cards,
-        resources=flavor.resources(),
+        resources={**flavor.resources(), **settled.resources},
         output_model=f"{spec.output_model}@{version}",
         priority=spec.priority,
         max_run_time_s=spec.max_run_time_s,
@@ -140,6 +148,8 @@ class _Settled:
     method: str
     hyperparameters: dict[str, Value]
     advanced: dict[str, Value]
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Ray's, of one worker, besides the flavor's."""
 
 
 def _settle_text(
@@ -167,18 +177,16 @@ def _settle_text(
     return _Settled(method, hyperparameters, advanced)
 
 
-def _settle_custom(spec: TrainSpec, model: Manifest) -> _Settled:
+def _settle_custom(spec: TrainSpec, model: Manifest, capacity: Callable[[], Mapping[str, float]] | None) -> _Settled:
     gallery = model.gallery
     assert gallery is not None, "the training types say that it is there"
-    if gallery.image_url is not None:
-        raise SpecError(
-            f"{model.ref} is trained in an image of its own ({gallery.image_url}), which this version cannot run",
-            fields=["model"],
-            hint="a model without Train_image_url in its card is trained by its gallery_train/train.py",
-            code="not_supported",
-        )
     method = gallery.method(spec.method)
-    return _Settled(method.name, fill_in(method, spec.hyperparameters), gallery_advanced(spec.advanced))
+    hyperparameters, advanced = fill_in(method, spec.hyperparameters), gallery_advanced(spec.advanced)
+    if gallery.image_url is None:
+        return _Settled(method.name, hyperparameters, advanced)
+    if capacity is not None:
+        images.check_cluster(capacity(), model=model.ref)
+    return _Settled(method.name, hyperparameters, advanced, {images.RESOURCE: images.SHARE})
 
 
 def _check_bits(bits: Value, strategy: Value, flavor: Flavor) -> None:
