@@ -16,7 +16,7 @@ from unittest import mock
 import psutil
 import pytest
 
-from trainers import environments, outputs, sandbox
+from trainers import cgroups, environments, outputs, sandbox
 from trainers.environments import Environment, own_environment
 from trainers.metrics_file import MAX_POINTS, MAX_QUOTED, MetricsFile, Point
 from trainers.program import Program
@@ -95,11 +95,27 @@ def test_sigterm_reaches_the_program_and_not_its_orphans(tmp_path: Path, isolati
         assert program.exit_code() == 7
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root is refused no process; it is the look at them that ends such a job")
-def test_an_ordinary_user_is_refused_too_many_processes(tmp_path: Path) -> None:
-    code = "import os, time\nfor n in range(300):\n    if os.fork() == 0: time.sleep(9); os._exit(0)"
-    with running(tmp_path, code, processes=100) as program:
-        assert "Resource temporarily unavailable" in read_out(program)
+@pytest.mark.parametrize("isolation", ["bubblewrap", "none"])
+def test_a_program_is_refused_too_many_processes(tmp_path: Path, isolation: str) -> None:
+    group = cgroups.make("probe", tasks=1)
+    if group is not None:
+        cgroups.remove(group)
+    elif os.geteuid() == 0 or isolation == "none":
+        pytest.skip("nothing but the look at its processes limits them here")
+    code = (
+        "import os, time\n"
+        "try:\n"
+        "    for made in range(300):\n"
+        "        if os.fork() == 0: time.sleep(1000)\n"
+        "except OSError as error: print(made, error, flush=True)\n"
+        "time.sleep(1000)"
+    )
+    with running(tmp_path, code, isolation=isolation, processes=100) as program:
+        made, _, error = program.output.readline().decode().partition(" ")
+        assert 90 < int(made) < 100
+        assert "Resource temporarily unavailable" in error
+        inside = program._group
+    assert inside is None or not inside.exists()
 
 
 def test_a_program_mounts_nothing_and_has_no_room_in_dev(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import IO, cast
 
 import psutil
 
-from trainers import sandbox
+from trainers import cgroups, sandbox
 from trainers.sandbox import Room
 from tunesmith import processes
 from tunesmith.settings import Settings
@@ -47,9 +47,10 @@ class Program:
         self.room = room
         self._mark = secrets.token_hex(16)
         self._isolated = settings.isolation != "none"
+        self._group = cgroups.make(self._mark, tasks=settings.program_processes)
         python = Path(command[0])
         self._process = subprocess.Popen(
-            sandbox.command_line(command, cwd=cwd, room=room, settings=settings),
+            sandbox.command_line(command, cwd=cwd, room=room, settings=settings, group=self._group),
             cwd=cwd,
             env=sandbox.environment(room, python, {**variables, MARK: self._mark}, settings),
             stdin=subprocess.DEVNULL,
@@ -110,6 +111,8 @@ class Program:
             self._process.kill()
         processes.end(root, MARK, self._mark)
         self._process.wait()
+        if self._group is not None:
+            cgroups.remove(self._group)
 
     def __enter__(self) -> Program:
         return self

@@ -81,13 +81,18 @@ class Room:
     largest_file_bytes: int
 
 
-def command_line(command: Sequence[str], *, cwd: Path, room: Room, settings: Settings) -> list[str]:
+def command_line(
+    command: Sequence[str], *, cwd: Path, room: Room, settings: Settings, group: Path | None = None
+) -> list[str]:
     """The command that runs `command` in the room; alone with its limits where the operator has said `none`.
 
+    `group`: the control group that it enters first.
     Raises IsolationError where this node has no bubblewrap that works.
     """
     blocks = str(max(1, room.largest_file_bytes // 512))
-    limited = ["/bin/sh", "-c", 'ulimit -c 0; ulimit -f "$1"; shift; exec "$@"', "sh", blocks]
+    entrance = str(group / "cgroup.procs") if group is not None else "/dev/null"
+    script = 'ulimit -c 0; ulimit -f "$1"; echo $$ > "$2" || exit; shift 2; exec "$@"'
+    limited = ["/bin/sh", "-c", script, "sh", blocks, entrance]
     if settings.isolation == "none":
         return [*limited, *command]
     options = [*_NAMESPACES, "--die-with-parent", "--proc", "/proc", "--dev", "/dev"]
@@ -158,8 +163,8 @@ def _bundled() -> str | None:
 def _few_processes(settings: Settings) -> list[str]:
     """What limits the processes of the room, run inside it: the system counts them by user and user namespace.
 
-    It holds for an ordinary user alone, for root is never refused a process. Before Linux 5.14 all processes of the
-    user on the node would count.
+    It holds for an ordinary user alone, for root is never refused a process by it: there a control group does. Before
+    Linux 5.14 all processes of the user on the node would count.
     """
     version = re.match(r"(\d+)\.(\d+)", platform.release())
     if version is None or (int(version[1]), int(version[2])) < (5, 14):
