@@ -22,10 +22,10 @@ _READ_BYTES = 1 << 20
 _READS = 64
 
 _NUMBER = rb"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_LINE = re.compile(
-    rb"[ \t]*(\d{1,15})[ \t]*\|[ \t]*(" + _NUMBER + rb"|nan|[-+]?inf)[ \t]*\|[ \t]*(" + _NUMBER + rb")[ \t]*\r?",
-    re.IGNORECASE,
-)
+_TEXT = rb"[ \t]*(\d{1,15})[ \t]*\|[ \t]*(" + _NUMBER + rb"|nan|[-+]?inf)[ \t]*\|[ \t]*(" + _NUMBER + rb")[ \t]*\r?"
+_LINE = re.compile(_TEXT, re.IGNORECASE)
+_LINES = re.compile(rb"(?:" + re.sub(rb"\((?!\?)", b"(?:", _TEXT) + rb"\n)*+", re.IGNORECASE)
+"""Lines that are all well-formed: of very many, only those are parsed that are kept."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,14 @@ class MetricsFile:
         return look
 
     def _take(self, data: bytes, look: Look) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        text = self._rest + data
+        *lines, self._rest = text.split(b"\n")
         found = []
+        if not self._too_long and _LINES.fullmatch(text, 0, len(text) - len(self._rest)):
+            self._number += len(lines)
+            self.seen = self.seen or bool(lines)
+            found = [match for line in _evenly(lines) if (match := _LINE.fullmatch(line))]
+            lines = []
         for line in lines:
             self._number += 1
             self.seen = True
