@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import jobs
+from tests import galleries, jobs
 from tests.ray_fixture import Running, running_platform
 from tests.s3_fixture import BUCKET, endpoint, free_ports, s3_keys, s3_process
 from tests.test_kills import driver
@@ -24,6 +24,7 @@ from tunesmith.clock import seconds, utc_text
 from tunesmith.errors import TunesmithError
 from tunesmith.local import ray_environment
 from tunesmith.orders import draft, new_job_id
+from tunesmith.spec import TrainSpec
 from tunesmith.storage import Storage
 from tunesmith.views import JobView
 
@@ -149,6 +150,39 @@ def test_a_run_that_ends_while_storage_is_away_waits_with_its_model(running: Run
     assert (ended.state, ended.attempt) == ("completed", 1), jobs.log(running, job.id, "driver")
     assert_nothing_is_lost(running, job.id, 100, 50)
     assert max(seconds(line.time) for line in jobs.metrics(running, job.id, "eval_loss")) < back
+
+
+def test_a_custom_job_runs_and_ends_while_storage_is_away(running: Running, server: Server, tmp_path: Path) -> None:
+    train = """
+import os, pathlib, time
+for step in range(1, 41):
+    with open(os.environ["ENV_AG_USER_METRICS_LOG_PATH"], "a") as file:
+        file.write(f"{step}|{1 / step}|1\\n")
+    print("step", step, "at", time.time(), flush=True)
+    time.sleep(0.5)
+pathlib.Path(os.environ["ENV_AG_TRAIN_OUTPUT_DIR"], "weights").write_bytes(b"tuned")
+"""
+    folder = galleries.make(tmp_path / "custom", train, parameters={"training_methods": [
+        {"name": "full", "hyperparameters": []}]})  # fmt: skip
+    assert running.client.wait(running.client.register_model("custom", str(folder)).id).state == "completed"
+    job = running.client.submit(
+        TrainSpec(model="custom", dataset="tiny", flavor="cpu-small", output_model="custom-new")
+    )
+    wait_for_step(running, job.id, 5)
+    server.kill()
+    away = time.time()
+    # The program goes on, and ends; its log, its metrics, its output and the model wait.
+    time.sleep(OUTAGE_S)
+    server.start()
+    back = time.time()
+    ended = running.client.wait(job.id)
+    assert (ended.state, ended.attempt) == ("completed", 1), jobs.log(running, job.id, "driver")
+    said = re.findall(r"step (\d+) at ([\d.]+)", jobs.log(running, job.id, "0"))
+    assert [int(step) for step, _ in said] == list(range(1, 41))
+    assert away < float(said[-1][1]) < back
+    assert [line.step for line in jobs.metrics(running, job.id, "loss")] == list(range(1, 41))
+    name, _, version = ended.output.partition("@")
+    assert running.storage.get(f"{layout.asset_files('model', name, int(version))}/weights") == b"tuned"
 
 
 def test_an_attempt_whose_patience_is_at_its_end_is_lost_and_another_follows(running: Running, server: Server) -> None:

@@ -16,23 +16,27 @@ from unittest import mock
 import psutil
 import pytest
 
-from trainers import bubblewrap, outputs, sandbox
+from trainers import bubblewrap, cgroups, environments, outputs, sandbox
 from trainers.bubblewrap import IsolationError
 from trainers.environments import Environment, own_environment
 from trainers.metrics_file import MAX_POINTS, MAX_QUOTED, MetricsFile, Point
 from trainers.program import Program
 from trainers.program_log import MAX_LINE_BYTES, ProgramLog
 from trainers.sandbox import Room
+from trainers.usage import Limits, Usage
 from tunesmith import processes
-from tunesmith.errors import SpecError
+from tunesmith.errors import OutOfMemoryError, SpecError
 from tunesmith.segments import SegmentWriter, read_segments
 from tunesmith.settings import Settings
 from tunesmith.storage import FolderStorage
 
 
 @contextmanager
-def running(folder: Path, code: str, *, isolation: str = "bubblewrap", largest: int = 1 << 30) -> Iterator[Program]:
-    settings = Settings.from_env({"TUNESMITH_HOME": str(folder / "home"), "TUNESMITH_ISOLATION": isolation})
+def running(
+    folder: Path, code: str, *, isolation: str = "bubblewrap", largest: int = 1 << 30, processes: int = 4096
+) -> Iterator[Program]:
+    given = {"HOME": folder / "home", "ISOLATION": isolation, "PROGRAM_PROCESSES": processes}
+    settings = Settings.from_env({f"TUNESMITH_{name}": str(value) for name, value in given.items()})
     (folder / "tmp").mkdir()
     (folder / "out").mkdir()
     room = Room([], [folder / "out"], folder / "tmp", "none", {"CPU": 1}, largest)
@@ -73,6 +77,119 @@ def test_sigterm_reaches_the_program_itself(tmp_path: Path, isolation: str) -> N
         while program.exit_code() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         assert program.exit_code() == 7
+
+
+@pytest.mark.parametrize("isolation", ["bubblewrap", "none"])
+def test_sigterm_reaches_the_program_and_not_its_orphans(tmp_path: Path, isolation: str) -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "if os.fork() == 0:\n"
+        "    os.fork() or time.sleep(1000)\n"
+        "    os._exit(0)\n"
+        "os.wait(); signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('up', flush=True); time.sleep(1000)"
+    )
+    with running(tmp_path, code, isolation=isolation) as program:
+        program.output.readline()
+        program.terminate()
+        deadline = time.monotonic() + 10
+        while program.exit_code() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert program.exit_code() == 7
+
+
+@pytest.mark.parametrize("isolation", ["bubblewrap", "none"])
+def test_a_program_is_refused_too_many_processes(tmp_path: Path, isolation: str) -> None:
+    group = cgroups.make("probe", tasks=1)
+    if group is not None:
+        cgroups.remove(group)
+    elif os.geteuid() == 0 or isolation == "none":
+        pytest.skip("nothing but the look at its processes limits them here")
+    code = (
+        "import os, time\n"
+        "try:\n"
+        "    for made in range(300):\n"
+        "        if os.fork() == 0: time.sleep(1000)\n"
+        "except OSError as error: print(made, error, flush=True)\n"
+        "time.sleep(1000)"
+    )
+    with running(tmp_path, code, isolation=isolation, processes=100) as program:
+        made, _, error = program.output.readline().decode().partition(" ")
+        assert 90 < int(made) < 100
+        assert "Resource temporarily unavailable" in error
+        inside = program.launch.group
+    assert inside is None or not inside.exists()
+
+
+def test_a_program_mounts_nothing_and_has_no_room_in_dev(tmp_path: Path) -> None:
+    code = (
+        "import subprocess\n"
+        "for command in ('unshare -m true', 'touch /dev/x', 'touch /dev/shm/x', 'echo 1 > /dev/null'):\n"
+        "    print(subprocess.run(command, shell=True, capture_output=True).returncode == 0)"
+    )
+    with running(tmp_path, code) as program:
+        assert read_out(program).split() == ["False", "False", "True", "True"]
+
+
+def check(program: Program, *, memory: int = 1 << 40, disk: int = 1 << 40) -> None:
+    """One look at a program with these limits, once it says that it is there."""
+    assert program.output.readline() == b"up\n"
+    usage = Usage(program, Limits("it", "cpu-small", memory, disk, tasks=1000, files=3000))
+    usage.check()
+    usage.check_disk()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("for _ in range(90): os.mkdir('d'); os.chdir('d')", "folders that lie 64 deep"),
+        ("os.mkdir('d'); open('d/x', 'wb').write(data); os.chmod('d', 0)", "more than the 20 MiB allowed"),
+        ("f = open('x', 'wb'); f.write(data); f.flush(); os.remove('x')", "30 of them in files that it deleted"),
+        (
+            "f = open('x', 'wb+'); f.write(data); f.flush(); m = mmap.mmap(f.fileno(), 0); f.close(); os.remove('x')",
+            "30 of them in files that it deleted",
+        ),
+        ("f = open('/tmp/x', 'wb'); os.posix_fallocate(f.fileno(), 0, 30 << 20)", "more than the 20 MiB"),
+        ("f = open('x', 'wb'); f.truncate(30 << 20)", "more than the 20 MiB"),
+        ("[os.mkdir(str(n)) for n in range(900)]; f = open('x', 'wb'); f.truncate(19 << 20)", "of which each counts"),
+        ("[os.symlink('/', str(n)) for n in range(4000)]", "more than the 3000 files"),
+    ],
+)
+def test_a_program_hides_nothing_on_the_disk(tmp_path: Path, code: str, words: str) -> None:
+    code = f"import mmap, os, time; data = b'1' * (30 << 20)\n{code}\nprint('up', flush=True); time.sleep(1000)"
+    with running(tmp_path, code) as program, pytest.raises(SpecError, match=words) as caught:
+        check(program, disk=20 << 20)
+    assert caught.value.code == "too_much_output"
+    outputs.remove(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "held = data * 2",
+        "f = os.memfd_create('x'); os.write(f, data); os.write(f, data)",
+        "open('/dev/shm/x', 'wb').write(data * 2)",
+        "f = open('/dev/shm/x', 'wb'); f.write(data * 2); f.flush(); os.remove('/dev/shm/x')",
+        "if os.fork(): time.sleep(1000)\nheld = os.urandom(1 << 20) * 100",
+    ],
+)
+def test_a_program_hides_no_memory(tmp_path: Path, code: str) -> None:
+    code = f"import os, time; data = b'1' * (50 << 20)\n{code}\nprint('up', flush=True); time.sleep(1000)"
+    with running(tmp_path, code) as program, pytest.raises(OutOfMemoryError, match="has 100"):
+        check(program, memory=100 << 20)
+
+
+def test_a_page_that_processes_share_counts_once(tmp_path: Path) -> None:
+    code = (
+        "import mmap, os, time\n"
+        "held = bytearray(50 << 20); shared = mmap.mmap(-1, 50 << 20); shared.write(bytes(held))\n"
+        "for _ in range(5):\n"
+        "    if os.fork() == 0: sum(held[::4096]); sum(shared[::4096]); time.sleep(1000)\n"
+        "time.sleep(1); print('up', flush=True); time.sleep(1000)"
+    )
+    with running(tmp_path, code) as program:
+        check(program, memory=250 << 20)
+        assert program.sample().rss_bytes > 400 << 20
 
 
 def test_no_variable_of_the_platform_reaches_a_program(tmp_path: Path) -> None:
@@ -180,6 +297,27 @@ def test_a_malformed_line_is_quoted_and_the_rest_goes_on(tmp_path: Path, line: s
     assert metrics.look(at_end=True).points == [Point(3, 1.0, 7.0)]
 
 
+def test_a_metrics_file_is_read_to_its_end_and_no_further_than_its_bound(tmp_path: Path) -> None:
+    path = tmp_path / "metrics"
+    with path.open("wb") as file:
+        file.write(b"1|0.5|10\n")
+        file.truncate(200 << 20)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n3|0.25|10")
+    metrics, points = MetricsFile(path), []
+    with mock.patch("trainers.metrics_file._READ_BYTES", 1 << 20):
+        points += metrics.look(at_end=True).points
+        while metrics.has_more:
+            points += metrics.look(at_end=True).points
+    assert [point.step for point in points] == [1, 3]
+    assert not metrics.is_cut
+    with mock.patch("trainers.metrics_file.MAX_BYTES", 100 << 20):
+        metrics = MetricsFile(path)
+        metrics.look(at_end=True)
+        metrics.look(at_end=True)
+        assert (metrics.has_more, metrics.is_cut) == (False, True)
+
+
 def test_few_malformed_lines_are_quoted_and_all_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "metrics"
     path.write_bytes(b"\xff\n" * 1000 + b"x" * 10_000_000 + b"\n")
@@ -252,7 +390,6 @@ def installed(folder: Path, requirements: str) -> Iterator[tuple[Environment, st
         ):
             wheel.writestr(zipfile.ZipInfo(name), text)
     settings = Settings.from_env({"TUNESMITH_HOME": str(folder / "home")})
-    (settings.home / "tmp").mkdir(parents=True, exist_ok=True)
     storage = FolderStorage(folder / "storage")
 
     def watch(program: Program) -> None:
@@ -288,6 +425,52 @@ def test_requirements_that_cannot_be_installed_say_what_pip_said(tmp_path: Path)
         pass
     assert caught.value.code == "requirements_failed"
     assert not list((tmp_path / "home" / "cache" / "environments" / "a").glob("*/bin"))
+
+
+def test_a_report_of_pip_that_was_tampered_with_is_not_followed(tmp_path: Path) -> None:
+    report, secret = tmp_path / "report.json", tmp_path / "secret"
+    secret.write_text('{"install": []}')
+    report.symlink_to(secret)
+    with pytest.raises(SpecError, match="cannot be read"):
+        environments._lock(tmp_path)
+    report.unlink()
+    os.mkfifo(report)
+    with pytest.raises(SpecError, match="cannot be read"):
+        environments._lock(tmp_path)
+    report.unlink()
+    for text in (
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"install": [{"metadata": {"name": "\\ud800", "version": "1"}, "download_info": {}}]}',
+    ):
+        report.write_text(text)
+        with pytest.raises(SpecError, match="cannot be read"):
+            environments._lock(tmp_path)
+
+
+def test_a_package_whose_source_lies_beside_the_requirements_is_built(tmp_path: Path) -> None:
+    source = tmp_path / "gallery_train" / "own"
+    source.mkdir(parents=True)
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
+    (source / "backend.py").write_text(
+        "import pathlib, shutil\n"
+        "def build_wheel(folder, *_):\n"
+        "    pathlib.Path('built').write_text('beside the source')\n"
+        "    return shutil.copy('../thing-1.0-py3-none-any.whl', folder).rpartition('/')[2]\n"
+    )
+    with installed(tmp_path, "./own\n") as (environment, said):
+        assert "Successfully installed thing-1.0" in said
+    assert not (source / "built").exists()
+    assert environment.folder is not None
+    assert sorted(path.name for path in environment.folder.parent.iterdir()) == ["packages", "requirements.lock"]
+
+
+def test_the_last_lines_of_a_log_steer_no_terminal(tmp_path: Path) -> None:
+    log, _ = log_of(tmp_path, b"\x1b[2Jred\0\xff\tbell\a \xe8\xa1\x8c\n")
+    assert log.tail() == "\ufffd[2Jred\ufffd\ufffd       bell\ufffd 行"
 
 
 def test_no_requirements_need_no_environment(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ NAMESPACES = (
     "--unshare-ipc",
     "--unshare-uts",
     "--unshare-cgroup-try",
+    # Root would keep all capabilities in its namespaces, and could mount memory where nobody sees it.
+    "--cap-drop",
+    "ALL",
 )
 """Options that keep a program apart from the node, but for its files and its network."""
 

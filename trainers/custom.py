@@ -16,8 +16,8 @@ from tunesmith.catalog import Manifest
 from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError
 from tunesmith.orders import output
+from tunesmith.patience import open_patiently
 from tunesmith.spec import TrainJob
-from tunesmith.storage import open_storage
 
 END_S = 30.0
 """What the other workers have to end, once one has failed, before Ray kills them."""
@@ -136,7 +136,7 @@ class _Gang:
         if left_out:
             names = ", ".join(left_out[:10])
             attempt.events.write(f"not taken into the model: {names} (links, or the base model's own files)")
-        base = Manifest.model_validate_json(open_storage(job.model_url, attempt.settings).get("manifest.json"))
+        base = Manifest.model_validate_json(open_patiently(job.model_url, attempt.settings).get("manifest.json"))
         _, name, version = output(job)
         manifest = Manifest(
             kind="model",

@@ -20,28 +20,39 @@ from trainers import images, outputs, sandbox
 from trainers.environments import Environment, own_environment
 from trainers.fetch import Fetched, fetch
 from trainers.images import Image
-from trainers.metrics_file import MetricsFile
+from trainers.metrics_file import MAX_BYTES, MAX_QUOTED, MetricsFile
 from trainers.networks import OwnNetwork, own_network
 from trainers.program import Launch, Program
 from trainers.program_log import ProgramLog
 from trainers.reports import Report
 from trainers.sandbox import Network, Room
+from trainers.usage import Limits, Usage
 from tunesmith import attempts, layout
 from tunesmith.attempts import Result
 from tunesmith.catalog import File
 from tunesmith.clock import utc_text
-from tunesmith.errors import LeaseLostError, NotFoundError, OutOfMemoryError, SpecError, StorageError, TunesmithError
+from tunesmith.errors import (
+    LeaseLostError,
+    NotFoundError,
+    OutOfMemoryError,
+    SpecError,
+    StorageError,
+    TunesmithError,
+    UnavailableError,
+)
 from tunesmith.flavors import get_flavor
 from tunesmith.gallery import FOLDER, REQUIREMENTS, TRAIN
 from tunesmith.orders import output
+from tunesmith.patience import PatientStorage, open_patiently
 from tunesmith.segments import SegmentWriter
 from tunesmith.settings import Settings
 from tunesmith.spec import TrainJob
-from tunesmith.storage import Storage, open_storage
+from tunesmith.storage import Storage
 
+MAX_INSTALLED_FILES = 1_000_000
 LOOK_S = 0.5
 """Between two looks at the program, its metrics and its limits."""
-STOP_LOOK_S = 2.0
+STOP_LOOK_S = 1.0
 """Between two looks at the stop object in storage."""
 COPY_S = 30.0
 """Between two looks for new files in the output, which are then kept in storage."""
@@ -93,16 +104,29 @@ class _StopError(Exception):
 
 
 def run_worker(worker: Worker) -> Iterator[Said]:
-    """Run the program to its end, telling how it goes. What ends it is in the last thing said."""
+    """Run the program to its end, telling how it goes. What ends it is in the last thing said.
+
+    Raises StorageError at the end of patience with storage, and what else is nobody's fault.
+    """
     settings = Settings.from_env()
-    storage = open_storage(worker.storage_url, settings)
+    storage = open_patiently(worker.storage_url, settings)
     try:
         yield from _Run(worker, storage, settings).steps()
     except _StopError as stop:
-        result = Result(outcome="stopped", reason=stop.args[0], time=utc_text())
+        message = f"before {TRAIN} was started"
+        result = Result(outcome="stopped", reason=stop.args[0], message=message, time=utc_text())
         yield Said(result=result)
+    except (LeaseLostError, StorageError, UnavailableError):
+        raise
     except TunesmithError as error:
+        if error.code == "too_much_output":
+            outputs.remove(_folder(settings, worker) / "output")
+            storage.delete_folder(layout.program_output(worker.job.id, worker.attempt))
         yield Said(result=attempts.failure(error))
+    finally:
+        # Worker 0's is stored first.
+        if worker.rank != 0:
+            outputs.remove(_folder(settings, worker))
 
 
 def free_port() -> int:
@@ -120,7 +144,7 @@ def publish_output(worker: Worker) -> tuple[list[File], list[str], bool]:
     What the base model has for its training goes with it as it is.
     """
     settings = Settings.from_env()
-    storage = open_storage(worker.storage_url, settings)
+    storage = open_patiently(worker.storage_url, settings)
     if storage.exists(layout.result(worker.job.id, worker.attempt)):
         raise LeaseLostError(f"attempt {worker.attempt} was given up for lost; it publishes nothing")
     from trainers.registration import look_for_language_model
@@ -146,7 +170,7 @@ def publish_output(worker: Worker) -> tuple[list[File], list[str], bool]:
 def keep_output(worker: Worker) -> list[str]:
     """Store what a run that made no model has left as the attempt's own; the paths."""
     settings = Settings.from_env()
-    storage = open_storage(worker.storage_url, settings)
+    storage = open_patiently(worker.storage_url, settings)
     folder = _folder(settings, worker)
     files, _ = outputs.store(
         storage, folder / "output", layout.program_output(worker.job.id, worker.attempt)
@@ -165,7 +189,7 @@ def _network_file(settings: Settings, worker: Worker) -> Path:
 
 def _clean(settings: Settings, worker: Worker) -> None:
     """After the last worker: what the run has left on this node."""
-    shutil.rmtree(_folder(settings, worker), ignore_errors=True)
+    outputs.remove(_folder(settings, worker))
     _network_file(settings, worker).unlink(missing_ok=True)
 
 
@@ -187,12 +211,11 @@ def _write_own(worker: Worker, base: Fetched, own: Path, storage: Storage) -> No
 
 
 class _Run:
-    def __init__(self, worker: Worker, storage: Storage, settings: Settings) -> None:
+    def __init__(self, worker: Worker, storage: PatientStorage, settings: Settings) -> None:
         self._worker, self._storage, self._settings = worker, storage, settings
         self._job = worker.job
         self._folder = _folder(settings, worker)
-        self._memory_bytes = get_flavor(self._job.flavor).memory_gib << 30
-        self._next_stop_look = 0.0
+        self._stop_reason: str | None = None
         self._step = 0
         self._program_name = TRAIN
 
@@ -201,18 +224,16 @@ class _Run:
         # A driver or worker that was lost may have left some.
         for left in self._folder.parent.glob(f"{self._job.id}-a*-{self._worker.rank}"):
             images.remove_cgroups(left / CONTAINER)
-            shutil.rmtree(left, ignore_errors=True)
+            outputs.remove(left)
         for name in ("output", "metrics", "tmp"):
             (self._folder / name).mkdir(mode=0o700, parents=True)
-        (self._settings.home / "tmp").mkdir(exist_ok=True)
         base, dataset = fetch(self._job.model_url, self._settings), fetch(self._job.dataset_url, self._settings)
         restored = self._restore_output() if self._worker.rank == 0 else 0
         if restored:
             message = f"the output has {restored} files that an earlier attempt left"
             yield Said(events=[(message, {"restored_files": restored})])
         key = layout.logs(self._job.id, self._worker.attempt, str(self._worker.rank))
-        with SegmentWriter(self._storage, key, max_age_s=self._settings.segment_s) as segments:
-            log = ProgramLog(segments)
+        with self._log(key) as log, self._stop_watched():
             yield self._phase("environment")
             place = self._environment(base, log)
             if place.lock is not None and self._worker.rank == 0:
@@ -222,7 +243,7 @@ class _Run:
             with self._network() as network:
                 result = yield from self._train(base, dataset, place, log, network, restored=restored > 0)
         if self._worker.rank != 0:
-            yield self._drop_output()
+            yield self._dropped_output()
         yield Said(result=result)
 
     def _environment(self, base: Fetched, log: ProgramLog) -> Environment | Image:
@@ -237,10 +258,9 @@ class _Run:
         url = gallery.image_url
         return images.fetch_image(url, model=base.folder, settings=self._settings, log=log, watch=self._wait)
 
-    def _drop_output(self) -> Said:
+    def _dropped_output(self) -> Said:
         """Of another worker than 0 nothing is kept."""
         count = len(outputs.walk(self._folder / "output").files)
-        shutil.rmtree(self._folder, ignore_errors=True)
         message = f"worker {self._worker.rank} left {count} files; only worker 0's output is kept"
         return Said(events=[(message, {"dropped_files": count})] if count else [])
 
@@ -268,19 +288,23 @@ class _Run:
         variables = self._variables(base.folder, dataset.folder, metrics_path, network, restored=restored)
         program = Program(self._launch(place, base.folder, room, variables))
         metrics, stopped = MetricsFile(metrics_path), None
-        with log.following(program), self._output_kept():
+        usage = Usage(program, self._limits(self._program_name, files=outputs.MAX_FILES))
+        # At any trouble the program ends before the copies do.
+        with self._output_kept(), log.following(program), usage.watched():
             while program.exit_code() is None:
-                yield self._look(program, metrics, log)
-                try:
-                    self._check(program)
-                except _StopError as stop:
-                    stopped = stop.args[0]
-                    yield from self._stop(program, stopped)
+                yield self._look(usage, metrics, log)
+                stopped = self._stop_wish()
+                if stopped is not None:
+                    yield from self._stop(program, usage, stopped)
                     break
                 time.sleep(LOOK_S)
             code = program.exit_code()
         images.remove_cgroups(self._folder / CONTAINER)
         yield self._look(None, metrics, log)
+        while metrics.has_more and self._stop_wish() is None:
+            yield self._look(None, metrics, log)
+        if code == 0:
+            usage.check_disk()
         return self._result(code, stopped, log)
 
     def _launch(self, place: Environment | Image, model: Path, room: Room, variables: dict[str, str]) -> Launch:
@@ -296,12 +320,12 @@ class _Run:
             variables=variables,
             image=place,
             folder=self._folder / CONTAINER,
-            memory_bytes=self._memory_bytes,
+            memory_bytes=get_flavor(self._job.flavor).memory_gib << 30,
             settings=self._settings,
         )
 
-    def _stop(self, program: Program, reason: str) -> Iterator[Said]:
-        """SIGTERM, a wait, and then the end of it."""
+    def _stop(self, program: Program, usage: Usage, reason: str) -> Iterator[Said]:
+        """SIGTERM, a wait while it takes no more than it may, and then the end of it."""
         if reason == "worker_lost":
             return
         grace_s = self._settings.stop_grace_s / 2
@@ -310,8 +334,10 @@ class _Run:
             yield Said(events=[(message, {"grace_s": grace_s})])
         program.terminate()
         ends_at = time.monotonic() + grace_s
-        while program.exit_code() is None and time.monotonic() < ends_at:
-            time.sleep(0.1)
+        with suppress(SpecError, OutOfMemoryError):
+            while program.exit_code() is None and time.monotonic() < ends_at:
+                usage.check()
+                time.sleep(LOOK_S / 2)
 
     def _result(self, code: int | None, stopped: str | None, log: ProgramLog) -> Result:
         if stopped is not None:
@@ -327,9 +353,9 @@ class _Run:
             code="train_failed",
         )
 
-    def _look(self, program: Program | None, metrics: MetricsFile, log: ProgramLog) -> Said:
-        """What is new; `program`: it runs, and is sampled."""
-        look, losses = metrics.look(at_end=program is None), log.losses()
+    def _look(self, usage: Usage | None, metrics: MetricsFile, log: ProgramLog) -> Said:
+        """What is new; `usage`: the program runs, and is looked at."""
+        look, losses = metrics.look(at_end=usage is None), log.losses()
         reports: list[Report] = []
         events: list[tuple[str, dict[str, Any]]] = []
         # One curve: workers that train together have one loss.
@@ -343,17 +369,10 @@ class _Run:
                     self._step = step
                     reports.append(Report(time=utc_text(), step=step, values={"loss": loss}))
             events = [(f"a malformed line of the metrics file, {each}", {"malformed": each}) for each in look.malformed]
-            if program is None and metrics.malformed_lines > len(events):
-                count = metrics.malformed_lines
-                events.append((f"the metrics file has {count} malformed lines", {"malformed_lines": count}))
-        if program is not None:
-            sample = program.sample()
-            if sample.rss_bytes > self._memory_bytes:
-                raise OutOfMemoryError(
-                    f"{self._program_name} of worker {self._worker.rank} takes {sample.rss_bytes >> 20} MiB of memory; "
-                    f"flavor {self._job.flavor} has {self._memory_bytes >> 20}",
-                    hint="use less at a time, or choose a larger flavor",
-                )
+            if usage is None and not metrics.has_more:
+                events += _last_words(metrics)
+        if usage is not None:
+            sample = usage.check()
             sampled = {
                 "cpu_utilisation_percent": sample.cpu_percent,
                 "memory_rss_bytes": float(sample.rss_bytes),
@@ -361,36 +380,68 @@ class _Run:
             reports.append(Report(time=utc_text(), step=self._step, sampled=sampled))
         return Said(reports=reports, events=events)
 
-    def _wait(self, program: Program) -> None:
-        """Until a program ends by itself."""
-        while program.exit_code() is None:
-            self._check(program)
-            time.sleep(0.1)
+    def _limits(self, name: str, *, files: int) -> Limits:
+        return Limits(
+            name=f"{name} of worker {self._worker.rank}",
+            flavor=self._job.flavor,
+            memory_bytes=get_flavor(self._job.flavor).memory_gib << 30,
+            disk_bytes=self._settings.program_disk_gib << 30,
+            tasks=self._settings.program_processes,
+            files=files,
+        )
 
-    def _check(self, program: Program) -> None:
-        """Raises what keeps a program from going on."""
-        now = time.monotonic()
-        if now < self._next_stop_look:
-            return
-        self._next_stop_look = now + STOP_LOOK_S
-        size, limit = outputs.walk(self._folder).size_bytes, self._settings.program_disk_gib << 30
-        if size > limit:
-            raise SpecError(
-                f"{self._program_name} of worker {self._worker.rank} has written {size >> 20} MiB; "
-                f"allowed are {limit >> 20}",
-                hint="delete checkpoints that are not needed; the operator sets TUNESMITH_PROGRAM_DISK_GIB",
-                code="too_much_output",
-            )
+    def _wait(self, program: Program) -> None:
+        """Until what is needed is there; raises what keeps it from going on."""
+        usage = Usage(program, self._limits("what makes the environment", files=MAX_INSTALLED_FILES))
+        with usage.watched():
+            while program.exit_code() is None:
+                usage.check()
+                if (reason := self._stop_wish()) is not None:
+                    raise _StopError(reason)
+                time.sleep(LOOK_S / 2)
+        usage.check_disk()
+
+    def _stop_wish(self) -> str | None:
+        """The reason where the job is to stop."""
         deadline = self._worker.deadline
-        if deadline is not None and time.time() > deadline:
-            raise _StopError("time_limit")
+        if self._stop_reason is None and deadline is not None and time.time() > deadline:
+            return "time_limit"
+        return self._stop_reason
+
+    @contextmanager
+    def _stop_watched(self) -> Iterator[None]:
+        """Look for the stop object beside the program: a storage that is away answers late."""
+        done = threading.Event()
+
+        def look() -> None:
+            while self._stop_reason is None and not done.wait(STOP_LOOK_S):
+                _logged(self._look_for_stop, self._job.id, "the stop object could not be looked for")
+
+        thread = threading.Thread(target=look, name="stop", daemon=True)
+        thread.start()
         try:
-            if self._storage.exists(layout.stop(self._job.id)):
-                raise _StopError("stopped_by_user")
-            if self._storage.exists(layout.result(self._job.id, self._worker.attempt)):
-                raise _StopError("worker_lost")
-        except StorageError as error:
-            logger.warning("%s: the stop object could not be looked for: %s", self._job.id, error)
+            yield
+        finally:
+            done.set()
+            # A look at a storage that does not answer may take minutes.
+            thread.join(STOP_LOOK_S)
+
+    def _look_for_stop(self) -> None:
+        storage = self._storage.impatient
+        if storage.exists(layout.stop(self._job.id)):
+            self._stop_reason = "stopped_by_user"
+        elif storage.exists(layout.result(self._job.id, self._worker.attempt)):
+            self._stop_reason = "worker_lost"
+
+    @contextmanager
+    def _log(self, key: str) -> Iterator[ProgramLog]:
+        """The worker's log. While storage is away, its lines are kept and the program goes on; its end waits."""
+        storage, age_s = self._storage.impatient, self._settings.segment_s
+        segments = self._storage.patiently(lambda: SegmentWriter(storage, key, max_age_s=age_s))
+        try:
+            yield ProgramLog(segments)
+        finally:
+            self._storage.patiently(segments.close)
 
     def _restore_output(self) -> int:
         """Bring back what the newest earlier attempt has written; the number of files."""
@@ -408,11 +459,11 @@ class _Run:
             yield
             return
         key = layout.program_output(self._job.id, self._worker.attempt)
-        copy, done = outputs.Copy(self._storage, self._folder / "output", key), threading.Event()
+        copy, done = outputs.Copy(self._storage.impatient, self._folder / "output", key), threading.Event()
 
         def keep() -> None:
             while not done.wait(min(COPY_S, 6 * self._settings.segment_s)):
-                _logged(copy.update, self._job.id)
+                _logged(lambda: copy.update(done.is_set), self._job.id, "the output is kept later")
 
         thread = threading.Thread(target=keep, name="output", daemon=True)
         thread.start()
@@ -459,8 +510,18 @@ class _Run:
         return Said(reports=[Report(time=utc_text(), step=0, phase=phase)] if self._worker.rank == 0 else [])
 
 
-def _logged(work: Callable[[], None], job_id: str) -> None:
+def _last_words(metrics: MetricsFile) -> list[tuple[str, dict[str, Any]]]:
+    """What is to be said of a metrics file once it is read."""
+    said: list[tuple[str, dict[str, Any]]] = []
+    if (count := metrics.malformed_lines) > MAX_QUOTED:
+        said.append((f"the metrics file has {count} malformed lines", {"malformed_lines": count}))
+    if metrics.is_cut:
+        said.append((f"the metrics file has more than {MAX_BYTES >> 20} MiB; the rest is not read", {}))
+    return said
+
+
+def _logged(work: Callable[[], None], job_id: str, trouble: str) -> None:
     try:
         work()
     except (TunesmithError, OSError) as error:
-        logger.warning("%s: the output is kept later: %s", job_id, error)
+        logger.warning("%s: %s: %s", job_id, trouble, error)

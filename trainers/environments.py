@@ -10,17 +10,17 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers import sandbox
+from trainers import outputs, sandbox
 from trainers.program import Program
 from trainers.program_log import ProgramLog
 from trainers.sandbox import Room
@@ -28,6 +28,7 @@ from tunesmith.errors import SpecError
 from tunesmith.settings import Settings
 
 LOCK = "requirements.lock"
+MAX_REPORT_BYTES = 64 << 20
 _PIP_CONFIGURATION = Path("/etc/pip.conf")
 
 
@@ -53,6 +54,7 @@ def own_environment(
     """The environment for this requirements.txt, built where no job of the account has built it on this node before.
 
     `watch` waits for the installation's end and raises what keeps it from going on. SpecError where it fails.
+    What runs in the installation writes to the environment, so nothing in there is opened through a link.
     """
     if not requirements.is_file() or not requirements.read_text(encoding="utf-8-sig").strip():
         return Environment(Path(sys.executable), None, None)
@@ -60,49 +62,55 @@ def own_environment(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_suffix(".lock")):
         if not (folder / LOCK).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            _build(folder, requirements, settings=settings, log=log, watch=watch)
+            try:
+                _build(folder, requirements, settings=settings, log=log, watch=watch)
+            except BaseException:
+                outputs.remove(folder)
+                raise
         else:
             log.write(b"the environment of these requirements is there already")
-    return Environment(folder / "bin" / "python", folder, (folder / LOCK).read_text())
+    packages = folder / "packages"
+    return Environment(packages / "bin" / "python", packages, (folder / LOCK).read_text())
 
 
 def _build(
     folder: Path, requirements: Path, *, settings: Settings, log: ProgramLog, watch: Callable[[Program], None]
 ) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, capture_output=True)
-    python = folder / "bin" / "python"
-    (packages,) = folder.glob("lib/python*/site-packages")
+    outputs.remove(folder)
+    packages, source, temporary = (folder / name for name in ("packages", "source", "tmp"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", packages], check=True, capture_output=True)
+    (place,) = packages.glob("lib/python*/site-packages")
     paths = dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib"))
-    (packages / "platform.pth").write_text("".join(f"{path}\n" for path in paths))
-    report = folder / "report.json"
+    (place / "platform.pth").write_text("".join(f"{path}\n" for path in paths))
+    # What lies beside the requirements may be a package's source, which is built where it lies.
+    shutil.copytree(requirements.parent, source)
+    temporary.mkdir()
     # The program's own folder is written to, so pip lies in the platform's, where it cannot be changed.
-    command = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
-    command += ["--no-color", "--progress-bar", "off", "--report", str(report), "-r", requirements.name]
-    with tempfile.TemporaryDirectory(dir=settings.home / "tmp") as temporary:
-        readable = [requirements.parent, *([_PIP_CONFIGURATION] if _PIP_CONFIGURATION.exists() else [])]
-        room = Room(
-            readable=readable,
-            writable=[folder],
-            temporary=Path(temporary),
-            network="node",
-            resources={},
-            largest_file_bytes=settings.program_disk_gib << 30,
-        )
-        launch = sandbox.launch(command, cwd=requirements.parent, room=room, variables={}, settings=settings)
-        program = Program(launch)
-        with log.following(program):
-            watch(program)
-            code = program.exit_code()
+    command = [str(packages / "bin" / "python"), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-cache-dir", "--no-color", "--progress-bar", "off"]
+    command += ["--report", str(packages / "report.json"), "-r", requirements.name]
+    room = Room(
+        readable=[_PIP_CONFIGURATION] if _PIP_CONFIGURATION.exists() else [],
+        writable=[packages, source],
+        temporary=temporary,
+        network="node",
+        resources={},
+        largest_file_bytes=settings.program_disk_gib << 30,
+    )
+    program = Program(sandbox.launch(command, cwd=source, room=room, variables={}, settings=settings))
+    with log.following(program):
+        watch(program)
+        code = program.exit_code()
     if code != 0:
-        shutil.rmtree(folder, ignore_errors=True)
         raise SpecError(
             f"requirements.txt could not be installed (pip ended with exit code {code}); its last lines:\n{log.tail()}",
             hint="the log of the worker has all that pip said",
             code="requirements_failed",
         )
+    for left in (source, temporary):
+        outputs.remove(left)
     partial = folder / f"{LOCK}.partial"
-    partial.write_text(_lock(report))
+    partial.write_text(_lock(packages))
     partial.replace(folder / LOCK)
 
 
@@ -111,19 +119,33 @@ def _key(requirements: Path) -> str:
     sha256 = hashlib.sha256(sys.version.encode())
     for line in _platform_packages():
         sha256.update(line.encode() + b"\n")
-    for path in sorted(p for p in requirements.parent.rglob("*") if p.is_file() and p.name != "train.py"):
+    for path in sorted(
+        p for p in requirements.parent.rglob("*") if p.is_file() and p != requirements.with_name("train.py")
+    ):
         sha256.update(f"{path.relative_to(requirements.parent)}\0{path.stat().st_size}\0".encode())
         sha256.update(hashlib.sha256(path.read_bytes()).digest())
     return sha256.hexdigest()[:32]
 
 
-def _lock(report: Path) -> str:
-    """The lock file, from pip's report."""
+def _lock(packages: Path) -> str:
+    """The lock file, from pip's report. SpecError where what was installed has put something else in its place."""
     lines = []
-    for item in json.loads(report.read_text())["install"]:
-        hashes = item["download_info"].get("archive_info", {}).get("hashes", {})
-        line = f"{item['metadata']['name']}=={item['metadata']['version']}"
-        lines.append(line + "".join(f" --hash={kind}:{digest}" for kind, digest in sorted(hashes.items())))
+    try:
+        with outputs.opened(packages, "report.json") as (descriptor, status):
+            if status.st_size > MAX_REPORT_BYTES:
+                raise ValueError(f"it has {status.st_size} bytes")
+            report = json.loads(os.pread(descriptor, MAX_REPORT_BYTES, 0))
+        for item in report["install"]:
+            hashes = item["download_info"].get("archive_info", {}).get("hashes", {})
+            line = f"{item['metadata']['name']}=={item['metadata']['version']}"
+            line += "".join(f" --hash={kind}:{digest}" for kind, digest in sorted(hashes.items()))
+            lines.append(line.encode().decode())  # JSON may hold what is no text
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise SpecError(
+            f"what pip reports of requirements.txt cannot be read: {type(error).__name__}: {str(error)[:200]}",
+            hint="a package of it has written there while it was installed",
+            code="requirements_failed",
+        ) from error
     there = [f"# the platform's: {line}" for line in _platform_packages()]
     return "\n".join([*sorted(lines), f"# Python {sys.version.split()[0]}", *there]) + "\n"
 

@@ -143,7 +143,8 @@ def launch(
     launched = _launch(
         run, podman, folder, readable=room.readable, writable=writable, variables=variables, images=_store(settings)
     )
-    return replace(launched, command=[*prefix, *launched.command])
+    started = [*prefix, *launched.command]
+    return replace(launched, command=started, writable=room.writable, temporary=room.temporary)
 
 
 def remove_cgroups(folder: Path) -> None:

@@ -15,15 +15,17 @@ MAX_QUOTED = 10
 """Malformed lines that are quoted, each once; of the others the number is told at the end."""
 MAX_POINTS = 500
 """Kept of what one look finds, evenly; the last one always."""
+MAX_BYTES = 1 << 30
+"""Of the file; what comes after is not read."""
 _MAX_LINE_BYTES = 4096
 _READ_BYTES = 1 << 20
 _READS = 64
 
 _NUMBER = rb"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_LINE = re.compile(
-    rb"[ \t]*(\d{1,15})[ \t]*\|[ \t]*(" + _NUMBER + rb"|nan|[-+]?inf)[ \t]*\|[ \t]*(" + _NUMBER + rb")[ \t]*\r?",
-    re.IGNORECASE,
-)
+_TEXT = rb"[ \t]*(\d{1,15})[ \t]*\|[ \t]*(" + _NUMBER + rb"|nan|[-+]?inf)[ \t]*\|[ \t]*(" + _NUMBER + rb")[ \t]*\r?"
+_LINE = re.compile(_TEXT, re.IGNORECASE)
+_LINES = re.compile(rb"(?:" + re.sub(rb"\((?!\?)", b"(?:", _TEXT) + rb"\n)*+", re.IGNORECASE)
+"""Lines that are all well-formed: of very many, only those are parsed that are kept."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class MetricsFile:
         self._rest = b""
         self._too_long = False
         self.malformed_lines = 0
+        self.has_more = False
+        """Whether the last look left something for the next one."""
+        self.is_cut = False
+        """Whether it has grown beyond MAX_BYTES."""
         self.seen = False
         """Whether it ever held a whole line."""
 
@@ -72,20 +78,28 @@ class MetricsFile:
                 # Written anew.
                 self._place, self._number, self._rest, self._too_long = 0, 0, b"", False
             for _ in range(_READS):
-                data = os.pread(descriptor, _READ_BYTES, self._place)
+                data = os.pread(descriptor, min(_READ_BYTES, MAX_BYTES - self._place), self._place)
                 if not data:
                     break
                 self._place += len(data)
                 self._take(data, look)
+            self.is_cut = status.st_size > MAX_BYTES
+            self.has_more = self._place < min(status.st_size, MAX_BYTES)
         finally:
             os.close(descriptor)
-        if at_end and self._rest:
+        if at_end and self._rest and not self.has_more:
             self._take(b"\n", look)
         return look
 
     def _take(self, data: bytes, look: Look) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        text = self._rest + data
+        *lines, self._rest = text.split(b"\n")
         found = []
+        if not self._too_long and _LINES.fullmatch(text, 0, len(text) - len(self._rest)):
+            self._number += len(lines)
+            self.seen = self.seen or bool(lines)
+            found = [match for line in _evenly(lines) if (match := _LINE.fullmatch(line))]
+            lines = []
         for line in lines:
             self._number += 1
             self.seen = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,11 @@ from pathlib import Path
 
 from tunesmith.catalog import File
 from tunesmith.storage import PARTIAL, Storage
+
+MAX_FILES = 10_000
+"""Files and folders of an output: all of them are listed in the new model's manifest."""
+MAX_DEPTH = 64
+"""Of folders in each other; what lies deeper is not looked at."""
 
 
 @dataclass
@@ -23,26 +29,32 @@ class Walk:
     others: list[str] = field(default_factory=list)
     """Links, pipes and the like."""
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(status.st_size for status in self.files.values())
-
 
 def walk(folder: Path) -> Walk:
     """All that lies below `folder`."""
     found = Walk()
-    for place, folders, names, descriptor in os.fwalk(folder, follow_symlinks=False):
-        for name in sorted((*names, *folders)):
-            path = os.path.relpath(os.path.join(place, name), folder)  # noqa: PTH118 - names may be any bytes
-            try:
-                status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-            except OSError:
-                continue  # it is gone meanwhile
-            if stat.S_ISREG(status.st_mode) and _is_storable(path):
-                found.files[path] = status
-            elif not stat.S_ISDIR(status.st_mode):
-                found.others.append(path)
+    for path, status in scan(folder):
+        if stat.S_ISREG(status.st_mode) and _is_storable(path):
+            found.files[path] = status
+        elif not stat.S_ISDIR(status.st_mode) or path.count("/") >= MAX_DEPTH:
+            found.others.append(path)
     return found
+
+
+def scan(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Path and status of all that lies below `folder`, however much; folders at MAX_DEPTH are not entered."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return
+    yield from _scan(descriptor, "", MAX_DEPTH)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder that a program has written to: however deep it is, and whatever it may not be read by."""
+    for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+        if folder.exists():
+            subprocess.run([*command, "--", folder], check=False, capture_output=True)
 
 
 def store(
@@ -58,11 +70,15 @@ def store(
         if leave_out(path):
             left_out.append(path)
             continue
-        with opened(folder, path) as (descriptor, status):
-            local = Path(f"/proc/self/fd/{descriptor}")
-            with local.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            storage.upload_file(local, f"{prefix}/{path}")
+        try:
+            with opened(folder, path) as (descriptor, status):
+                local = Path(f"/proc/self/fd/{descriptor}")
+                with local.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                storage.upload_file(local, f"{prefix}/{path}")
+        except PermissionError:
+            left_out.append(path)
+            continue
         stored.append(File(path=path, size_bytes=status.st_size, sha256=digest))
     return stored, sorted(left_out)
 
@@ -79,10 +95,12 @@ class Copy:
         self._seen: dict[str, tuple[int, int]] = {}
         self._stored: dict[str, tuple[int, int]] = {}
 
-    def update(self) -> None:
-        """Look once, and store what is new. StorageError where storage does not take it."""
+    def update(self, is_done: Callable[[], bool] = lambda: False) -> None:
+        """Look once, and store what is new until `is_done`. StorageError where storage does not take it."""
         now = {path: (status.st_size, status.st_mtime_ns) for path, status in walk(self._folder).files.items()}
         for path, state in sorted(now.items()):
+            if is_done():
+                return
             if self._seen.get(path) != state or self._stored.get(path) == state:
                 continue
             try:
@@ -117,6 +135,36 @@ def opened(folder: Path, path: str) -> Iterator[tuple[int, os.stat_result]]:
         yield file, status
     finally:
         os.close(file)
+
+
+def _scan(descriptor: int, above: str, depth: int) -> Iterator[tuple[str, os.stat_result]]:
+    """Below the open folder, which is closed at the end."""
+    try:
+        with os.scandir(descriptor) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                    yield above + entry.name, status
+                    if depth and stat.S_ISDIR(status.st_mode):
+                        yield from _scan(_open_folder(entry.name, descriptor), f"{above}{entry.name}/", depth - 1)
+                except OSError:
+                    continue  # it is gone meanwhile
+    finally:
+        os.close(descriptor)
+
+
+def _open_folder(name: str, above: int) -> int:
+    """A folder of the open one; a program that has taken away the right to read it hides nothing."""
+    options = os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+        return os.open(name, os.O_RDONLY | options, dir_fd=above)
+    except PermissionError:
+        place = os.open(name, os.O_PATH | options, dir_fd=above)
+    try:
+        Path(f"/proc/self/fd/{place}").chmod(0o700)
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_DIRECTORY)
+    finally:
+        os.close(place)
 
 
 def _is_storable(path: str) -> bool:

@@ -14,6 +14,7 @@ from typing import IO, cast
 
 import psutil
 
+from trainers import cgroups
 from tunesmith import processes
 
 MARK = "TUNESMITH_PROGRAM"
@@ -27,6 +28,14 @@ class Launch:
     command: Sequence[str]
     environment: Mapping[str, str]
     cwd: Path
+    writable: Sequence[Path] = ()
+    """Folders that it may fill."""
+    temporary: Path | None = None
+    """Its `/tmp`."""
+    group: Path | None = None
+    """The control group that it is in, which goes with it."""
+    is_contained: bool = True
+    """Whether all that it begins ends with its first process."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,9 @@ class Sample:
     cpu_percent: float
     """Of one CPU."""
     rss_bytes: int
+    """A page that several of them share counts several times."""
+    tasks: int
+    """Processes and threads."""
 
 
 class Program:
@@ -45,6 +57,7 @@ class Program:
     """
 
     def __init__(self, launch: Launch) -> None:
+        self.launch = launch
         self._mark = secrets.token_hex(16)
         self._process = subprocess.Popen(
             launch.command,
@@ -70,16 +83,25 @@ class Program:
     def sample(self) -> Sample:
         """Of now; the CPU's since the sample before."""
         found = {}
-        for process in self._tree():
+        for process in self.tree():
             # The same object is asked again, for it remembers what it said before.
             found[process.pid] = self._cpu.get(process.pid, process)
         self._cpu = found
-        cpu, rss = 0.0, 0
+        cpu, rss, tasks = 0.0, 0, 0
         for process in found.values():
-            with suppress(psutil.Error):
+            with suppress(psutil.Error), process.oneshot():
+                tasks += process.num_threads()
                 cpu += process.cpu_percent()
                 rss += process.memory_info().rss
-        return Sample(cpu, rss)
+        return Sample(cpu, rss, tasks)
+
+    def tree(self) -> list[psutil.Process]:
+        """Its processes, with bubblewrap's own."""
+        try:
+            root = psutil.Process(self._process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.Error:
+            return []
 
     def terminate(self) -> None:
         """SIGTERM to the program itself, which may then save what it has and end."""
@@ -94,8 +116,13 @@ class Program:
     def end(self) -> None:
         """Kill it and all that it began."""
         root = psutil.Process(self._process.pid) if self._process.poll() is None else None
+        if root is not None and self.launch.is_contained:
+            # The room ends with bubblewrap, all in it at once, however fast it makes new processes.
+            self._process.kill()
         processes.end(root, MARK, self._mark)
         self._process.wait()
+        if self.launch.group is not None:
+            cgroups.remove(self.launch.group)
 
     def __enter__(self) -> Program:
         return self
@@ -104,10 +131,3 @@ class Program:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
-
-    def _tree(self) -> list[psutil.Process]:
-        try:
-            root = psutil.Process(self._process.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.Error:
-            return []

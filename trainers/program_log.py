@@ -63,9 +63,10 @@ class ProgramLog:
         return thread
 
     def tail(self) -> str:
-        """The newest lines, each cut where it is long."""
+        """The newest lines, each cut where it is long, without what would steer a terminal or break a record."""
         with self._lock:
-            return "\n".join(line.decode(errors="replace") for line in self._tail)
+            lines = [line.decode(errors="replace").expandtabs() for line in self._tail]
+        return "\n".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines)
 
     def losses(self) -> list[tuple[int, float]]:
         """Steps and losses of lines with the keyword LOSS since the last call; at most some hundred."""

@@ -79,10 +79,12 @@ def copy_source(source: str, folder: Path, attempt: Attempt) -> None:
         )
     refuse_links(path)
     if path.is_dir():
-        shutil.copytree(path, folder)
+        # A link that was made meanwhile stays one.
+        shutil.copytree(path, folder, symlinks=True)
     else:
         folder.mkdir()
-        shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(path, folder / path.name, follow_symlinks=False)
+    refuse_links(folder)
 
 
 def _check_dataset(folder: Path) -> dict[str, Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainers import cgroups
 from trainers.bubblewrap import NAMESPACES, find_bubblewrap
 from trainers.networks import LOOPBACK, OwnNetwork
 from trainers.program import Launch
@@ -69,20 +73,30 @@ def launch(
     command: Sequence[str], *, cwd: Path, room: Room, variables: Mapping[str, str], settings: Settings
 ) -> Launch:
     """How `command`, which begins with the path of its Python, is started in the room with `variables`."""
+    group = cgroups.make(secrets.token_hex(8), tasks=settings.program_processes)
     return Launch(
-        command_line(command, cwd=cwd, room=room, settings=settings),
+        command_line(command, cwd=cwd, room=room, settings=settings, group=group),
         environment(room, Path(command[0]), variables, settings),
         cwd,
+        writable=room.writable,
+        temporary=room.temporary,
+        group=group,
+        is_contained=settings.isolation != "none",
     )
 
 
-def command_line(command: Sequence[str], *, cwd: Path, room: Room, settings: Settings) -> list[str]:
+def command_line(
+    command: Sequence[str], *, cwd: Path, room: Room, settings: Settings, group: Path | None = None
+) -> list[str]:
     """The command that runs `command` in the room; alone with its limits where the operator has said `none`.
 
+    `group`: the control group that it enters first.
     Raises IsolationError where this node has no bubblewrap that works.
     """
     blocks = str(max(1, room.largest_file_bytes // 512))
-    limited = ["/bin/sh", "-c", 'ulimit -c 0; ulimit -f "$1"; shift; exec "$@"', "sh", blocks]
+    procs = str(group / "cgroup.procs") if group is not None else "/dev/null"
+    script = 'ulimit -c 0; ulimit -f "$1"; echo $$ > "$2" || exit; shift 2; exec "$@"'
+    limited = ["/bin/sh", "-c", script, "sh", blocks, procs]
     if settings.isolation == "none":
         return [*limited, *command]
     options = [*NAMESPACES, "--die-with-parent", "--proc", "/proc", "--dev", "/dev"]
@@ -98,8 +112,9 @@ def command_line(command: Sequence[str], *, cwd: Path, room: Room, settings: Set
         options += ["--ro-bind-try", "/sys", "/sys"]
         for device in found:
             options += ["--dev-bind-try", str(device), str(device)]
-    inside = [find_bubblewrap(), *options, "--remount-ro", "/", "--chdir", str(cwd), "--", *command]
-    return [*limited, *(room.network.entrance() if isinstance(room.network, OwnNetwork) else ()), *inside]
+    options += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", str(cwd), "--"]
+    entrance = room.network.entrance() if isinstance(room.network, OwnNetwork) else []
+    return [*limited, *entrance, find_bubblewrap(), *options, *_few_processes(settings), *command]
 
 
 def environment(room: Room, python: Path, given: Mapping[str, str], settings: Settings) -> dict[str, str]:
@@ -130,6 +145,20 @@ def devices(room: Room) -> list[Path]:
     """The node's device files of the accelerators that the room has."""
     patterns = [pattern for kind in _DEVICES if room.resources.get(kind) for pattern in _DEVICES[kind]]
     return sorted(found for pattern in patterns for found in Path("/dev").glob(pattern))
+
+
+def _few_processes(settings: Settings) -> list[str]:
+    """What limits the processes of the room, run inside it: the system counts them by user and user namespace.
+
+    It holds for an ordinary user alone, for root is never refused a process by it: there a control group does. Before
+    Linux 5.14 all processes of the user on the node would count.
+    """
+    version = re.match(r"(\d+)\.(\d+)", platform.release())
+    if version is None or (int(version[1]), int(version[2])) < (5, 14):
+        return []
+    # dash calls -p what the other shells call -u.
+    script = 'ulimit -u "$1" 2>/dev/null || ulimit -p "$1" 2>/dev/null; shift; exec "$@"'
+    return ["/bin/sh", "-c", script, "sh", str(settings.program_processes)]
 
 
 def _interpreter() -> list[Path]:

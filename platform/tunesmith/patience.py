@@ -44,10 +44,10 @@ class PatientStorage(Storage):
         self._away_since: float | None = None
 
     def get(self, key: str) -> bytes:
-        return self._patiently(lambda: self.impatient.get(key))
+        return self.patiently(lambda: self.impatient.get(key))
 
     def put(self, key: str, data: bytes) -> None:
-        self._patiently(lambda: self.impatient.put(key, data))
+        self.patiently(lambda: self.impatient.put(key, data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         tries = 0
@@ -58,33 +58,33 @@ class PatientStorage(Storage):
             # A try that was not answered may have gone through; a later one then meets its own write.
             return self.impatient.put_if_absent(key, data) or (tries > 1 and self.impatient.get(key) == data)
 
-        return self._patiently(put)
+        return self.patiently(put)
 
     def exists(self, key: str) -> bool:
-        return self._patiently(lambda: self.impatient.exists(key))
+        return self.patiently(lambda: self.impatient.exists(key))
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        return iter(self._patiently(lambda: list(self.impatient.entries(prefix))))
+        return iter(self.patiently(lambda: list(self.impatient.entries(prefix))))
 
     def children(self, prefix: str = "") -> list[str]:
-        return self._patiently(lambda: self.impatient.children(prefix))
+        return self.patiently(lambda: self.impatient.children(prefix))
 
     def delete(self, key: str) -> None:
-        self._patiently(lambda: self.impatient.delete(key))
+        self.patiently(lambda: self.impatient.delete(key))
 
     def delete_folder(self, prefix: str) -> None:
-        self._patiently(lambda: self.impatient.delete_folder(prefix))
+        self.patiently(lambda: self.impatient.delete_folder(prefix))
 
     def upload_file(self, path: Path, key: str) -> None:
-        self._patiently(lambda: self.impatient.upload_file(path, key))
+        self.patiently(lambda: self.impatient.upload_file(path, key))
 
     def download_file(self, key: str, path: Path) -> None:
-        self._patiently(lambda: self.impatient.download_file(key, path))
+        self.patiently(lambda: self.impatient.download_file(key, path))
 
     def local_path(self, key: str) -> Path | None:
         return self.impatient.local_path(key)
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def patiently(self, call: Callable[[], T]) -> T:
         """What `call` returns. It may be called several times. Raises StorageError at the end of patience."""
         pause_s = 1.0
         while True:

@@ -67,6 +67,8 @@ class Settings:
     """How users' programs are kept apart: `bubblewrap`, or `none`, by which they run unprotected as the node's user."""
     program_disk_gib: int = 100
     """What a user's program may write to the disk of its node in all, GiB."""
+    program_processes: int = 4096
+    """How many processes and threads a user's program may have at once."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
