@@ -277,15 +277,19 @@ def door(running: Running) -> Iterator[Door]:
 
 
 @pytest.fixture(scope="module")
-def ordered(running: Running, door: Door, tmp_path_factory: pytest.TempPathFactory) -> dict[str, JobView]:
-    """All jobs, in the order in which they are waited for; two run at once."""
+def registered(running: Running, door: Door, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The model whose `train.py` runs the code of its order, and a dataset; the door is asked from now on."""
     folder = tmp_path_factory.mktemp("sources")
     (folder / "points").mkdir()
     (folder / "points" / "rows.csv").write_text("x,y\n1,2\n")
     register(running, "troubled", galleries.make(folder / "troubled", TRAIN, parameters=PARAMETERS))
-    assert (
-        running.client.wait(running.client.register_dataset("points", str(folder / "points")).id).state == "completed"
-    )
+    dataset = running.client.register_dataset("points", str(folder / "points"))
+    assert running.client.wait(dataset.id).state == "completed"
+
+
+@pytest.fixture(scope="module")
+def ordered(running: Running, registered: None) -> dict[str, JobView]:
+    """All jobs, in the order in which they are waited for; two run at once."""
     return {
         name: order(running, "troubled", hyperparameters={"code": textwrap.dedent(code)}, **options)
         for name, (code, options) in ORDERS.items()
@@ -498,7 +502,7 @@ def own_wheel(folder: Path) -> str:
 
 
 def test_requirements_that_install_are_there_and_those_that_do_not_say_why(
-    running: Running, ordered: dict[str, JobView], tmp_path: Path
+    running: Running, registered: None, tmp_path: Path
 ) -> None:
     train = TRAIN + "import thing; (output / 'word.txt').write_text(thing.WORD)\n"
     fine = galleries.make(tmp_path / "fine", train, parameters=PARAMETERS)
@@ -526,18 +530,14 @@ def test_requirements_that_install_are_there_and_those_that_do_not_say_why(
 
 
 def test_a_setup_py_that_attacks_gets_nothing_and_leaves_nothing(
-    running: Running, ordered: dict[str, JobView], tmp_path: Path
+    running: Running, registered: None, tmp_path: Path
 ) -> None:
     home, before = running.settings.home, inputs(running)
-    secrets = [
-        str(home / "api_token"),
-        str(home / "ray_token"),
-        str(home),
-        "/root",
-        "/etc/shadow",
-        str(home / "storage"),
-    ]
-    places = [str(home), str(home / "storage" / "models"), "/root", "/usr", sys.prefix, "/dev", "/etc"]
+    hidden = [home / name for name in ("api_token", "ray_token", "records.db", "storage", "storage/models/troubled")]
+    secrets = [*map(str, hidden), "/root/.ssh", "/root/.cache", "/root/.bashrc", "/etc/shadow", "/etc/passwd"]
+    assert hidden[0].exists()
+    # The home's own path lies in the room's own /tmp.
+    places = ["/root", "/usr", sys.prefix, "/dev", "/etc", str(home / "storage"), str(home / "cache"), str(home)]
     ports = [running.settings.port, running.settings.ray_dashboard_port]
     model = galleries.make(
         tmp_path / "evil",
@@ -560,7 +560,9 @@ def test_a_setup_py_that_attacks_gets_nothing_and_leaves_nothing(
     seen = json.loads(running.storage.get(f"{files_of(ended)}/seen.json"))
     inside = seen.pop("processes")
     assert len(inside) < 10 and not any("ray" in command for command in inside)
-    assert seen == {"read": [], "written": [], "variables": ["TUNESMITH_PROGRAM"]}
+    assert set(seen.pop("written")) <= {str(home), str(home / "cache")}
+    assert not any(Path(place, "mine").exists() for place in places)
+    assert seen == {"read": [], "variables": ["TUNESMITH_PROGRAM"]}
     assert inputs(running) == before
     (environment,) = [path for path in (home / "cache" / "environments").glob("*/*") if list(path.rglob("evil.py"))]
     assert sorted(path.name for path in environment.iterdir()) == ["packages", "requirements.lock"]
@@ -582,7 +584,7 @@ def test_a_model_with_a_link_is_refused_by_the_name_of_the_link(running: Running
 
 
 def test_a_bad_train_params_json_is_told_at_registration_by_file_line_and_key(
-    running: Running, ordered: dict[str, JobView], tmp_path: Path
+    running: Running, registered: None, tmp_path: Path
 ) -> None:
     parameters = [
         {"name": "lr", "type": "float", "default": 0.1},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOTS = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
 """Where groups are made, in version 1 and 2."""
-_PREFIX = "tunesmith-"
+_PREFIX = "tunesmith-program-"
 
 
 def make(name: str, *, tasks: int) -> Path | None:
