@@ -152,10 +152,18 @@ def _shared_bytes(pids: Sequence[int]) -> int:
             device = Path(place).stat().st_dev
             if device not in rooms and device != Path("/dev/shm").stat().st_dev:
                 found = os.statvfs(place)
-                rooms[device] = (found.f_blocks - found.f_bfree) * found.f_frsize
+                used = (found.f_blocks - found.f_bfree) * found.f_frsize
+                rooms[device] = used if _is_in_memory(device, pid) else 0
     memory = _memfd_device()
     held = {key: size for key, size in _open_unlinked(pids) if key[0] == memory}
     return sum(rooms.values()) + sum(held.values())
+
+
+def _is_in_memory(device: int, pid: int) -> bool:
+    """Whether a file system that the process sees is a tmpfs: a container has others in its place as it is set up."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mounts = (line.split(" ") for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines())
+    return any(mount[2] == number and mount[mount.index("-") + 1] == "tmpfs" for mount in mounts)
 
 
 def _unlinked_bytes(pids: Sequence[int]) -> int:
