@@ -184,7 +184,8 @@ def test_a_job_whose_version_another_has_published_ends_before_it_works(
     assert result is not None
     assert (result.reason, result.message) == (
         "user_error",
-        f"dataset tiny@1 was published already, by job {first}",
+        f"dataset tiny@1 was published already, by job {first}; "
+        "order or render the job again: it gets a version of its own",
     )
 
 

@@ -22,7 +22,7 @@ from trainers.strategies import Worker
 pytestmark = pytest.mark.slow
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 3e-4
 """Largest difference of a loss, nats, and of an adapter's number: where a gradient is next to nothing, AdamW divides
 one rounding error by another. The learning rate is 1e-2."""
 GLOBAL_ROWS = 8

@@ -8,12 +8,13 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
 import psutil
 
-from trainers.bubblewrap import find_bubblewrap
+from trainers.bubblewrap import IsolationError, find_bubblewrap
 from tunesmith import processes
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "HCCL_SOCKET_IFNAME": "lo"}
@@ -42,14 +43,16 @@ def own_network(file: Path) -> Iterator[OwnNetwork]:
     with ExitStack() as stack:
         with file.open("a+") as told:
             fcntl.flock(told, fcntl.LOCK_EX)
-            holder = _told_holder(told)
-            if holder is None:
+            namespaces = _namespaces(_told_holder(told))
+            if namespaces is None:
                 holder = stack.enter_context(_new_holder())
                 told.truncate(0)
                 told.write(f"{holder.pid} {holder.create_time()}")
-            # A namespace stays while somebody has it open, also once its holder has ended.
-            opened = [stack.enter_context(Path(f"/proc/{holder.pid}/ns/{kind}").open("rb")) for kind in ("user", "net")]
-        user, network = (Path(f"/proc/{os.getpid()}/fd/{each.fileno()}") for each in opened)
+                namespaces = _namespaces(holder)
+                if namespaces is None:
+                    raise IsolationError("the process that holds the network of a job ended at once")
+        # A namespace stays while somebody has it open, also once its holder has ended.
+        user, network = (Path(f"/proc/{os.getpid()}/fd/{stack.enter_context(each).fileno()}") for each in namespaces)
         yield OwnNetwork(user, network)
 
 
@@ -57,6 +60,19 @@ def _told_holder(told: IO[str]) -> psutil.Process | None:
     told.seek(0)
     pid, _, created = told.read().partition(" ")
     return processes.find(int(pid), float(created)) if created else None
+
+
+def _namespaces(holder: psutil.Process | None) -> list[BufferedReader] | None:
+    """The holder's user and network namespace, opened; None where it has ended, or ends just now."""
+    if holder is None:
+        return None
+    with ExitStack() as stack:
+        try:
+            opened = [stack.enter_context(Path(f"/proc/{holder.pid}/ns/{kind}").open("rb")) for kind in ("user", "net")]
+        except OSError:
+            return None
+        stack.pop_all()
+        return opened
 
 
 @contextmanager
