@@ -216,7 +216,8 @@ def test_workers_that_hang_say_where_and_go_on_from_the_checkpoint(running: Runn
     assert told.data["resumed_from_step"] >= 10
     log = jobs.log(running, job.id, str(spoke))
     assert "no progress for 20 s, this worker ends; it stood here:" in log
-    assert "all_reduce" in log
+    # In a collective, or where Ray waits for the reports of all.
+    assert "all_reduce" in log or "ray.train.report(" in log
     assert "thread stop:" in log
     assert "no progress" not in jobs.log(running, job.id, str(silent))
     losses: dict[int, float] = {}
