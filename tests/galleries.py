@@ -19,6 +19,16 @@ PARAMETERS: dict[str, Any] = {
     ]
 }
 
+SAVES_AT_SIGTERM = """
+def save(number, frame):
+    (output / "saved.txt").write_text("in time")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+print("waiting", flush=True)
+time.sleep(1000)
+"""
+"""The end of a `train.py` that has `output`, and waits to be stopped."""
+
 
 def make(
     folder: Path,

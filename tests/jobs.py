@@ -11,6 +11,7 @@ import psutil
 
 from tests import tiny
 from tests.ray_fixture import Running
+from tests.waiting import until
 from tunesmith import attempts, local
 from tunesmith.attempts import MetricLine
 from tunesmith.client import read_on
@@ -78,6 +79,18 @@ def wait_for_checkpoints(running: Running, job: JobView, count: int) -> int:
         running, job.id, lambda event: saved.add(event.data.get("checkpoint_step", 0)) or len(saved - {0}) >= count
     )
     return int(event.data["checkpoint_step"])
+
+
+def wait_for_log(running: Running, job: JobView, text: str) -> None:
+    """Until worker 0's log has the text; fails where the job ends without it."""
+
+    def is_there() -> bool:
+        ended = running.client.job(job.id).state in ("failed", "completed")
+        there = text in log(running, job.id, "0")
+        assert there or not ended, running.client.job(job.id)
+        return there
+
+    until(is_there)
 
 
 def processes(running: Running, part: str) -> Iterator[psutil.Process]:

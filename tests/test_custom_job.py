@@ -162,17 +162,8 @@ def test_a_train_py_that_fails_keeps_its_log_and_output_and_publishes_nothing(pl
 
 
 def test_a_stop_is_a_sigterm_after_which_the_output_is_kept(platform: Running, start: Start) -> None:
-    job = start("""
-    def save(number, frame):
-        (output / "saved.txt").write_text("in time")
-        sys.exit(0)
-    signal.signal(signal.SIGTERM, save)
-    print("waiting", flush=True)
-    time.sleep(1000)
-    """)
-    while "waiting" not in jobs.log(platform, job.id, "0"):
-        assert platform.client.job(job.id).state not in ("failed", "completed")
-        time.sleep(0.2)
+    job = start(galleries.SAVES_AT_SIGTERM)
+    jobs.wait_for_log(platform, job, "waiting")
     platform.client.stop(job.id)
     ended = platform.client.wait(job.id)
     assert (ended.state, ended.reason) == ("stopped", "stopped_by_user")

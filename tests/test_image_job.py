@@ -116,17 +116,8 @@ def test_an_image_that_cannot_be_had_is_the_users_error(platform: Running, start
 
 
 def test_a_stop_reaches_a_program_in_an_image(platform: Running, start: Start) -> None:
-    job = start("""
-    def save(number, frame):
-        (output / "saved.txt").write_text("in time")
-        sys.exit(0)
-    signal.signal(signal.SIGTERM, save)
-    print("waiting", flush=True)
-    time.sleep(1000)
-    """)
-    while "waiting" not in jobs.log(platform, job.id, "0"):
-        assert platform.client.job(job.id).state not in ("failed", "completed")
-        time.sleep(0.2)
+    job = start(galleries.SAVES_AT_SIGTERM)
+    jobs.wait_for_log(platform, job, "waiting")
     platform.client.stop(job.id)
     ended = platform.client.wait(job.id)
     assert (ended.state, ended.reason) == ("stopped", "stopped_by_user")

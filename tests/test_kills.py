@@ -4,8 +4,7 @@ Rows are of unequal content, so the losses tell their order: `test_rows_in_anoth
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests import jobs, tiny
 from tests.ray_fixture import Running, running_platform
+from tests.waiting import until
 from trainers.batches import BatchPlan
 from trainers.lora import Hooks, train
 from trainers.tokenized import tokenize_rows
@@ -90,13 +90,6 @@ def adapter(running: Running, job_id: str) -> Path:
     folder = running.storage.local_path(layout.asset_files("model", name, int(version)))
     assert folder is not None
     return folder / "adapter" / "adapter_model.safetensors"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def worker(running: Running, job_id: str) -> psutil.Process:

@@ -16,6 +16,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from tests.waiting import until
 from trainers import bubblewrap, cgroups, environments, outputs, sandbox
 from trainers.bubblewrap import IsolationError
 from trainers.environments import Environment, own_environment
@@ -73,9 +74,7 @@ def test_sigterm_reaches_the_program_itself(tmp_path: Path, isolation: str) -> N
     with running(tmp_path, code, isolation=isolation) as program:
         program.output.readline()
         program.terminate()
-        deadline = time.monotonic() + 10
-        while program.exit_code() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: program.exit_code() is not None)
         assert program.exit_code() == 7
 
 
@@ -91,9 +90,7 @@ def test_sigterm_reaches_the_program_and_not_its_orphans(tmp_path: Path, isolati
     with running(tmp_path, code, isolation=isolation) as program:
         program.output.readline()
         program.terminate()
-        deadline = time.monotonic() + 10
-        while program.exit_code() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: program.exit_code() is not None)
         assert program.exit_code() == 7
 
 

@@ -1,12 +1,11 @@
 """Growing records lose no line, cut none, and go on where they ended."""
 
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
 from tunesmith.errors import StorageError
 from tunesmith.segments import MAX_BYTES, SegmentWriter, read_segments
 from tunesmith.storage import FolderStorage
@@ -38,13 +37,6 @@ def lines(storage: FolderStorage, after: int = 0) -> bytes:
     return b"".join(segment.data for segment in read_segments(storage, PREFIX, after=after))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true within 20 s"
-        threading.Event().wait(0.01)
-
-
 def test_a_writer_goes_on_after_the_highest_segment(storage: UnsteadyStorage) -> None:
     for text in (b"one\n", b"two\n"):
         with SegmentWriter(storage, PREFIX, max_age_s=1000) as writer:
@@ -59,7 +51,7 @@ def test_a_segment_is_closed_early_where_it_is_wished_and_what_is_stored_is_told
     with SegmentWriter(storage, PREFIX, max_age_s=1000, stored=told.append) as writer:
         writer.write(b"one\n")
         writer.flush_soon()
-        wait_until(lambda: told == [4])
+        until(lambda: told == [4])
         assert lines(storage) == b"one\n"
         storage.away.set()
         writer.write(b"three\n")
@@ -67,14 +59,14 @@ def test_a_segment_is_closed_early_where_it_is_wished_and_what_is_stored_is_told
         assert storage.refused.wait(20)
         assert told == [4]
         storage.away.clear()
-        wait_until(lambda: told == [4, 10])
+        until(lambda: told == [4, 10])
     assert lines(storage) == b"one\nthree\n"
 
 
 def test_a_segment_is_closed_at_its_age(storage: UnsteadyStorage) -> None:
     with SegmentWriter(storage, PREFIX, max_age_s=0.05) as writer:
         writer.write(b"one\n")
-        wait_until(lambda: lines(storage) == b"one\n")
+        until(lambda: lines(storage) == b"one\n")
 
 
 def test_a_segment_is_closed_at_its_size_and_between_lines(storage: UnsteadyStorage) -> None:
@@ -82,7 +74,7 @@ def test_a_segment_is_closed_at_its_size_and_between_lines(storage: UnsteadyStor
     with SegmentWriter(storage, PREFIX, max_age_s=1000) as writer:
         for _ in range(8):
             writer.write(line)
-        wait_until(lambda: len(lines(storage)) >= MAX_BYTES // 2)
+        until(lambda: len(lines(storage)) >= MAX_BYTES // 2)
     segments = list(read_segments(storage, PREFIX))
     assert all(len(s.data) <= MAX_BYTES and s.data.endswith(b"\n") for s in segments)
     assert b"".join(s.data for s in segments) == line * 8
@@ -95,7 +87,7 @@ def test_a_storage_that_is_away_for_a_while_costs_no_line(storage: UnsteadyStora
         assert storage.refused.wait(20)
         writer.write(b"two\n")
         storage.away.clear()
-        wait_until(lambda: lines(storage) == b"one\ntwo\n")
+        until(lambda: lines(storage) == b"one\ntwo\n")
 
 
 def test_lines_that_could_not_be_stored_are_said_at_the_end(storage: UnsteadyStorage) -> None:

@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 
 from tests import tiny
 from tests.s3_fixture import S3Server
+from tests.waiting import until
 from trainers import encoding, shards, token_cache, tokenized
 from trainers.formats import Example, Turn
 from trainers.rows import encode
@@ -341,13 +341,6 @@ def builder(folder: Path, file: Path, *, processes: int) -> subprocess.Popen[str
 def half_done(builder: subprocess.Popen[str]) -> subprocess.Popen[str]:
     assert builder.stdout is not None and builder.stdout.readline() == "half\n"
     return builder
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture

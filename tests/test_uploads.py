@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.s3_fixture import BUCKET, endpoint, free_ports, s3_keys, s3_process
+from tests.waiting import until
 from trainers.uploads import Uploads
 from tunesmith import layout
 from tunesmith.attempts import checkpoints
@@ -54,13 +55,6 @@ def evaluated(step: int) -> Evaluation:
 
 def steps(storage: Storage) -> list[int]:
     return [checkpoint.step for checkpoint in checkpoints(storage, f"job-{os.getpid()}")]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_checkpoint_counts_once_what_it_waits_for_has_come(tmp_path: Path) -> None:

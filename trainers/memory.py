@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith.errors import OutOfMemoryError
 
+_STATUS = Path("/proc/self/status")
 SMALLEST_PASS = 8
 """Tokens of the smallest pass that is tried: the smallest `max_seq_length`."""
 _WORDS = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could not create a primitive")
@@ -19,8 +20,10 @@ _WORDS = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could
 def limit(size: int) -> None:
     """Let this process have `size` bytes of memory of its own; what it asks for beyond is refused, and fails.
 
-    What it has asked for and not used until now does not count.
+    What it has asked for and not used until now does not count. Only on Linux, which counts it.
     """
+    if not _STATUS.exists():
+        return
     asked, used = (_status_bytes(name) for name in ("VmData", "RssAnon"))
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = asked - used + size
@@ -30,7 +33,7 @@ def limit(size: int) -> None:
 
 def _status_bytes(name: str) -> int:
     """Of this process, as Linux counts it (proc_pid_status(5))."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 
 
