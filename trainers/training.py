@@ -93,7 +93,7 @@ def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None)
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
     from trainers.device import collective_backend
-    from trainers.worker import Task, train_worker
+    from trainers.task import Task, train_worker
 
     folder = attempt.settings.home / "runs"
     name = f"{attempt.name}-{secrets.token_hex(4)}"

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from trainers.lora import Hooks, train
 from trainers.products import upload_products, write_products
 from trainers.reports import KEY, Report
 from trainers.strategies import Worker
+from trainers.task import Task
 from trainers.tokenized import first_examples
 from trainers.uploads import Uploads
 from trainers.watchdog import Watchdog, end_hung
@@ -45,23 +45,8 @@ STOP_LOOK_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What the driver hands to every worker."""
-
-    job: TrainJob
-    attempt: int
-    root: str
-    """URL of the storage that holds the job's folder."""
-    deadline: float | None
-    """When the job's time is up, seconds since the epoch."""
-    run: str
-    """Name of this run of the workers: a restart's is another."""
-
-
-def train_worker(config: dict[str, Task]) -> None:
-    """The train function of TorchTrainer: `config` is `{"task": Task}`."""
-    task = config["task"]
+def run_worker(task: Task) -> None:
+    """Do the task's work as the worker that Ray Train says this process is."""
     settings = Settings.from_env()
     storage = open_patiently(task.root, settings)
     context = ray.train.get_context()
