@@ -1,5 +1,11 @@
 """Fixtures for all tests; each kind of server has its own module."""
 
+import os
+
+# Models here are tiny: a second thread brings them nothing, and two that spin for each other on a busy machine take
+# several times as long. Read by torch when it is imported, here and in what tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 pytest_plugins = [
     "tests.s3_fixture",
     "tests.pretrained",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from tests import tiny
+from tests import tiny, workers
 from tests.test_lora import tokens
 from trainers import adapter, attention, lora, native
 from trainers.attention import ROWS, attend, why_not_packed
@@ -147,10 +147,8 @@ def test_without_a_c_compiler(
 def test_every_number_of_workers(
     model_folder: Path, by_hand: tuple[float, Gradients], tmp_path: Path, world_size: int, packing: str
 ) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    arguments = (world_size, model_folder, tmp_path / "meet", packing, queue)
-    torch.multiprocessing.spawn(_on_worker, args=arguments, nprocs=world_size)
+    queue = workers.CONTEXT.SimpleQueue()
+    workers.run_on(world_size, _on_worker, world_size, model_folder, tmp_path / "meet", packing, queue)
     loss, named = queue.get()
     assert difference((loss, {name: torch.tensor(there) for name, there in named.items()}), by_hand) < TOLERANCE
 

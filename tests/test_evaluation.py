@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import tiny
+from tests import tiny, workers
 from trainers.adapter import load_model
 from trainers.device import pick_device
 from trainers.evaluation import KEPT_ANSWERS, HeldOut, answer, evaluation, generate_answers, perplexity, score, stop_ids
@@ -254,17 +254,14 @@ def test_held_out_rows_ask_what_generation_is_given_and_plain_text_asks_nothing(
 
 
 def test_workers_share_the_rows_and_each_has_all_answers(model_folder: Path) -> None:
-    import torch.multiprocessing as mp
-
     held_out = HeldOut(["p"] * 3, PROMPTS[:3], ["e"] * 3, max_new_tokens=NEW_TOKENS)
     model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(), pick_device())
     alone = answer(model, TOKENIZER, held_out, rank=0, world_size=1)
     assert alone is not None
     assert len(set(alone)) == 3
-    context = mp.get_context("spawn")
-    answers = context.SimpleQueue()
+    answers = workers.CONTEXT.SimpleQueue()
     # Four workers: one of them has no row.
-    mp.spawn(_answer_on, args=(free(1)[0], model_folder, held_out, answers), nprocs=4)
+    workers.run_on(4, _answer_on, free(1)[0], model_folder, held_out, answers)
     given = [answers.get() for _ in range(4)]
     assert [whole for whole, _ in given] == [alone] * 4
     assert [cut for _, cut in given] == [None] * 4  # one of them was to stop

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import tiny
+from tests import tiny, workers
 from trainers import lora
 from trainers.adapter import load_model
 from trainers.device import pick_device
@@ -102,15 +102,9 @@ def test_two_workers_do_what_one_does(model_folder: Path, tmp_path: Path) -> Non
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     one, outcome = run(model_folder, tmp_path / "one", per_device_train_batch_size=8, eval_rows=tokens(9))
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    started = [context.Process(target=_gloo_worker, args=(r, model_folder, tmp_path / "two", queue)) for r in range(2)]
-    for process in started:
-        process.start()
-    two, eval_loss = queue.get(timeout=120)
-    for process in started:
-        process.join(60)
-        assert process.exitcode == 0
+    queue = workers.CONTEXT.SimpleQueue()
+    workers.run_on(2, _gloo_worker, model_folder, tmp_path / "two", queue)
+    two, eval_loss = queue.get()
     assert two == pytest.approx(one, abs=1e-5)
     assert eval_loss == pytest.approx(outcome.eval_loss, abs=1e-5)
     assert_close(adapter(tmp_path / "one"), adapter(tmp_path / "two"), 1e-4)

@@ -1,14 +1,13 @@
 """A run whose memory runs out says so, and what would fit."""
 
 import resource
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests import tiny
+from tests import tiny, workers
 from tests.test_lora import tokens
 from trainers import lora
 from trainers.lora import Hooks, train
@@ -49,9 +48,8 @@ def _limited(folder: Path, hyperparameters: dict[str, Any], queue: Any) -> None:
 
 def with_little_memory(folder: Path, **hyperparameters: Any) -> Any:
     """Steps done, or the error, of a run in a process of its own that may take only so much."""
-    context = get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_limited, args=(folder, hyperparameters, queue))
+    queue = workers.CONTEXT.Queue()
+    process = workers.CONTEXT.Process(target=_limited, args=(folder, hyperparameters, queue))
     process.start()
     seen = queue.get(timeout=120)
     process.join(60)

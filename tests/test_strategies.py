@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import tiny
+from tests import tiny, workers
 from tests.test_lora import assert_close, tokens
 from trainers import zero
 from trainers.checkpoints import MOMENTS
@@ -27,6 +29,8 @@ LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 3e-4
 one rounding error by another. The learning rate is 1e-2."""
 GLOBAL_ROWS = 8
 STEPS, SAVED = 6, 3
+
+Trained = tuple[dict[str, dict[str, Any]], Path]
 
 
 def run(folder: Path, out: Path, strategy: str, worker: Worker = Worker(), **given: Any) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def _worker(rank: int, world_size: int, folder: Path, out: Path, jobs: list[dict
 def run_on(world_size: int, folder: Path, out: Path, *jobs: dict[str, Any]) -> list[Any]:
     """The runs one after the other on so many workers; what worker 0 saw of each."""
     names = [job["name"] for job in jobs]
-    torch.multiprocessing.spawn(_worker, (world_size, folder, out, list(jobs)), world_size)
+    workers.run_on(world_size, _worker, world_size, folder, out, list(jobs))
     return [json.loads((out / name / "seen.json").read_text()) for name in names]
 
 
@@ -116,6 +120,20 @@ def alone(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """What one worker without DeepSpeed does, and its checkpoints."""
     out = tmp_path_factory.mktemp("alone")
     return run(model_folder, out, "ddp"), out
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Trained]:
+    """What so many workers do under each strategy, by its name, and the folder of their checkpoints."""
+
+    @cache
+    def once(world_size: int) -> Trained:
+        out = tmp_path_factory.mktemp(f"workers-{world_size}")
+        names = [name for name in STRATEGIES if world_size > 1 or name != "ddp"]
+        runs = run_on(world_size, model_folder, out, *({"name": name, "strategy": name} for name in names))
+        return dict(zip(names, runs, strict=True)), out
+
+    return once
 
 
 def assert_same(seen: dict[str, Any], right: dict[str, Any], *, first_step: int = 1) -> None:
@@ -134,17 +152,16 @@ def assert_same(seen: dict[str, Any], right: dict[str, Any], *, first_step: int 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_workers_under_every_strategy_do_what_one_does(
-    model_folder: Path, alone: tuple[dict[str, Any], Path], tmp_path: Path, world_size: int
+    model_folder: Path, alone: tuple[dict[str, Any], Path], trained: Callable[[int], Trained], world_size: int
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     right, checkpoints = alone
-    strategies = [name for name in STRATEGIES if world_size > 1 or name != "ddp"]
-    runs = run_on(world_size, model_folder, tmp_path, *({"name": name, "strategy": name} for name in strategies))
-    for name, seen in zip(strategies, runs, strict=True):
+    runs, out = trained(world_size)
+    for name, seen in runs.items():
         assert_same(seen, right)
-        saved = tmp_path / name / str(STEPS)
+        saved = out / name / str(STEPS)
         for file, tolerance in (("adapter/adapter_model.safetensors", WEIGHT_TOLERANCE), (MOMENTS, 1e-5)):
             assert_close(load_file(saved / file), load_file(checkpoints / str(STEPS) / file), tolerance)
         stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), saved / "adapter")
@@ -153,22 +170,19 @@ def test_workers_under_every_strategy_do_what_one_does(
 
 
 def test_a_run_goes_on_from_what_another_strategy_saved(
-    model_folder: Path, alone: tuple[dict[str, Any], Path], tmp_path: Path
+    model_folder: Path, alone: tuple[dict[str, Any], Path], trained: Callable[[int], Trained], tmp_path: Path
 ) -> None:
-    right, checkpoints = alone
-    later = [{"name": f"from-ddp-{name}", "strategy": name} for name in STRATEGIES]
-    saving = [{"name": name, "strategy": name} for name in STRATEGIES]
-    given = [{**job, "resume_from": checkpoints / str(SAVED)} for job in later]
-    run_on(2, model_folder, tmp_path, *saving)
-    (tmp_path / "meet").unlink()
-    given += [
-        {"name": f"own-{name}", "strategy": name, "resume_from": tmp_path / name / str(SAVED)} for name in STRATEGIES
+    (right, one), (_, two) = alone, trained(2)
+    given = [
+        {"name": f"{saver}-{name}", "strategy": name, "resume_from": saved / str(SAVED)}
+        for name in STRATEGIES
+        for saver, saved in (("one", one), ("own", two / name))
     ]
     for seen in run_on(2, model_folder, tmp_path, *given):
         assert_same(seen, right, first_step=SAVED + 1)
     for name in STRATEGIES:
-        (tmp_path / f"one-{name}").mkdir()
-        seen = run(model_folder, tmp_path / f"one-{name}", "ddp", resume_from=tmp_path / name / str(SAVED))
+        (tmp_path / f"from-{name}").mkdir()
+        seen = run(model_folder, tmp_path / f"from-{name}", "ddp", resume_from=two / name / str(SAVED))
         assert_same(seen, right, first_step=SAVED + 1)
 
 
@@ -204,9 +218,8 @@ def test_a_quantized_base_trains_alike_under_the_strategies_that_leave_it_whole(
         assert_same(seen, right)
 
 
-def test_from_stage_3_on_a_worker_holds_a_piece_of_the_base(model_folder: Path, tmp_path: Path) -> None:
-    held = run_on(2, model_folder, tmp_path, *({"name": name, "strategy": name} for name in STRATEGIES))
-    whole, *others = [seen["held"] for seen in held]
+def test_from_stage_3_on_a_worker_holds_a_piece_of_the_base(trained: Callable[[int], Trained]) -> None:
+    whole, *others = [seen["held"] for seen in trained(2)[0].values()]
     assert others[:2] == [whole] * 2
     for pieces in others[2:]:
         assert pieces == pytest.approx(whole / 2, rel=0.01)
