@@ -4,10 +4,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 from unittest import mock
 
 import pytest
@@ -33,12 +32,6 @@ class Running:
         return self.settings.door_url
 
 
-class StartPlatform(Protocol):
-    def __call__(
-        self, *, storage_url: str | None = None, env: Mapping[str, str] | None = None, door: bool = True
-    ) -> Running: ...
-
-
 @pytest.fixture
 def platform_settings() -> Iterator[Settings]:
     """Settings of a platform that does not run yet; what a test starts with them is ended."""
@@ -47,26 +40,10 @@ def platform_settings() -> Iterator[Settings]:
 
 
 @pytest.fixture(scope="session")
-def start_platform() -> Iterator[StartPlatform]:
-    """Starts platforms that last for the session.
-
-    `storage_url`: in place of a folder in its home. `env`: more for its processes: `TUNESMITH_` settings, keys of S3.
-    """
-    with ExitStack() as stack:
-
-        def start(
-            *, storage_url: str | None = None, env: Mapping[str, str] | None = None, door: bool = True
-        ) -> Running:
-            given = {"TUNESMITH_STORAGE_URL": storage_url} if storage_url is not None else {}
-            return stack.enter_context(running_platform(given | dict(env or {}), door=door))
-
-        yield start
-
-
-@pytest.fixture(scope="session")
-def platform(start_platform: StartPlatform) -> Running:
+def platform() -> Iterator[Running]:
     """The platform that all tests of the session share: 2 CPUs, its storage a folder."""
-    return start_platform()
+    with running_platform({}, door=True) as running:
+        yield running
 
 
 @contextmanager
@@ -91,6 +68,7 @@ def _own_settings(env: Mapping[str, str]) -> Iterator[Settings]:
 
 @contextmanager
 def running_platform(env: Mapping[str, str], *, door: bool) -> Iterator[Running]:
+    """A platform of one's own. `env`: more for its processes: `TUNESMITH_` settings, keys of S3."""
     with _own_settings(env) as settings, mock.patch.dict(os.environ, env):
         started = local.up(settings, num_cpus=2, object_store_memory=200_000_000, door=door)
         with Client(settings.door_url, settings.api_token_path.read_text()) as client:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +14,7 @@ import yaml
 from safetensors import safe_open
 
 from tests import jobs
-from tests.ray_fixture import Running, StartPlatform
+from tests.ray_fixture import Running, running_platform
 from tests.s3_fixture import S3Server
 from tunesmith import local
 
@@ -21,14 +22,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 
 @pytest.fixture(scope="module")
-def running(start_platform: StartPlatform, s3_server: S3Server) -> Running:
+def running(s3_server: S3Server) -> Iterator[Running]:
     """Ray alone, with its storage on the S3 server."""
     env = {
         **s3_server.env,
         "TUNESMITH_S3_ENDPOINT": s3_server.endpoint,
         "TUNESMITH_S3_ADDRESSING_STYLE": "path",
+        "TUNESMITH_STORAGE_URL": s3_server.url("without-door"),
     }
-    return start_platform(storage_url=s3_server.url("without-door"), env=env, door=False)
+    with running_platform(env, door=False) as running:
+        yield running
 
 
 def environment(running: Running) -> dict[str, str]:
