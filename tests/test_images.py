@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -323,14 +323,15 @@ subprocess.run(["sleep", "4321"])
 def _container(pid: int) -> list[psutil.Process]:
     """All processes below one, once all of DAEMON's are there."""
     root, deadline = psutil.Process(pid), time.monotonic() + 10
-    while True:
-        found = [root, *root.children(recursive=True)]
-        names = [process.name() for process in found]
-        if names.count("sleep") == 3:
-            assert {"podman", "conmon", "podman-init"} <= set(names)
-            return found
+    names: list[str] = []
+    while names.count("sleep") != 3:
         assert time.monotonic() < deadline, names
         time.sleep(0.01)
+        found = [root, *root.children(recursive=True)]
+        with suppress(psutil.NoSuchProcess):  # one that has ended since
+            names = [process.name() for process in found]
+    assert {"podman", "conmon", "podman-init"} <= set(names)
+    return found
 
 
 def test_a_killed_worker_takes_the_container_with_it(store: tuple[Place, Image], tmp_path: Path) -> None:
