@@ -166,6 +166,7 @@ def test_a_job_over_a_quantized_base_publishes_the_full_base_with_its_adapter(re
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
 
 
+@pytest.mark.soak
 def test_two_workers_train_as_one_does(ready: Running) -> None:
     one = run(ready, jobs.spec(hyperparameters={"per_device_train_batch_size": 8}))
     two = run(ready, jobs.spec(cards=2, hyperparameters={"per_device_train_batch_size": 4}))

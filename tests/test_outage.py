@@ -138,6 +138,7 @@ def test_a_job_goes_on_while_storage_is_away_for_a_minute(running: Running, serv
     assert not any("restart" in event.data for event in jobs.events(running, job.id))
 
 
+@pytest.mark.soak
 def test_a_run_that_ends_while_storage_is_away_waits_with_its_model(running: Running, server: Server) -> None:
     job = order(running, max_steps=100, save_steps=50)
     wait_for_step(running, job.id, 20)
@@ -185,6 +186,7 @@ pathlib.Path(os.environ["ENV_AG_TRAIN_OUTPUT_DIR"], "weights").write_bytes(b"tun
     assert running.storage.get(f"{layout.asset_files('model', name, int(version))}/weights") == b"tuned"
 
 
+@pytest.mark.soak
 def test_an_attempt_whose_patience_is_at_its_end_is_lost_and_another_follows(running: Running, server: Server) -> None:
     job = draft(
         jobs.spec(hyperparameters={"max_steps": 100, "save_steps": 10}, advanced={"num_train_epochs": 100}),

@@ -11,7 +11,7 @@ from tests.test_lora import tokens
 from trainers.lora import Hooks, train
 from trainers.shards import TokenizedRows
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 STEPS = 500
 
