@@ -1,5 +1,8 @@
 """Why a run's workers ended, from what each of them ended with."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -29,3 +32,8 @@ def test_a_hang_says_who_spoke_and_who_did_not() -> None:
     )
     assert error.as_data() == {"hung": {"spoke": [0, 2], "silent": [1]}}
     assert HungError(20, spoke=[0], silent=[]).message.endswith("worker 0 said where they stood, in their logs")
+
+
+def test_who_drives_workers_imports_no_recipe() -> None:
+    code = "import sys, trainers.training, trainers.task; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
