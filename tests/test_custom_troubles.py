@@ -331,12 +331,6 @@ def left_of(job: JobView) -> list[psutil.Process]:
     return found
 
 
-def wait_for_word(running: Running, job: JobView, word: str) -> None:
-    while word not in jobs.log(running, job.id, "0"):
-        assert running.client.job(job.id).state not in ("failed", "completed", "stopped")
-        time.sleep(0.2)
-
-
 def messages(running: Running, job: JobView) -> str:
     return "\n".join(event.message or "" for event in jobs.events(running, job.id))
 
@@ -376,7 +370,7 @@ def test_a_worker_that_is_killed_leaves_no_process_and_the_job_completes_once(
 
 def test_a_program_that_is_deaf_to_sigterm_is_killed_at_a_stop(running: Running, ordered: dict[str, JobView]) -> None:
     job = ordered["deaf"]
-    wait_for_word(running, job, "waiting")
+    jobs.wait_for_log(running, job, "waiting")
     running.client.stop(job.id)
     ended = wait(running, job)
     assert (ended.state, ended.reason) == ("stopped", "stopped_by_user")
