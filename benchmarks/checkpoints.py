@@ -2,23 +2,25 @@
 
 `python -m benchmarks.checkpoints --rows FILE.jsonl --prompt-field question --response-field answer`, after
 `pip install -e '.[dev,benchmarks]'`: SmolLM2-135M-Instruct, rank 8 on all linear layers, fp32, checkpoints to an S3
-server on this machine, which competes for its processors. In every round the same steps run once without a checkpoint
-and once with one after each; what a checkpoint adds to its step is its cost, written and uploaded. Each step takes
-about a second, so that uploads never rest.
+server on this machine, which competes for its processors. Every step of a run trains the same rows, and every other
+one follows a checkpoint, which it waits for to be written and beside which it is uploaded; by how much such a step is
+longer than its neighbours is the checkpoint's cost. The machine's own changes of speed hardly count so.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import statistics
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from benchmarks import cpu_lora
+from benchmarks.memory import recipe_arguments
 from benchmarks.peers.environments import smollm2
 from benchmarks.results_file import figure, say, write_results
 from tests.s3_fixture import BUCKET, endpoint, free_ports, s3_keys, s3_process
@@ -30,6 +32,7 @@ from tunesmith.settings import Settings
 from tunesmith.storage import Storage, open_storage
 
 MINUTE_S = 60.0
+WARMUP_STEPS = 2
 
 
 def main() -> None:
@@ -38,6 +41,7 @@ def main() -> None:
     lines: list[str] = []
     model = smollm2(arguments.cache)
     rows = cpu_lora.tokenise(model, arguments)
+    say(lines, f"each step trains {rows.report.tokens} tokens; {arguments.threads} threads")
     costs, step_s = [], []
     with tempfile.TemporaryDirectory(prefix="ts-checkpoints-") as name, s3_keys():
         folder, ports = Path(name), free_ports(8)
@@ -45,11 +49,12 @@ def main() -> None:
         with s3_process(folder, ports):
             storage = open_storage(f"s3://{BUCKET}/checkpoints", settings)
             for number in range(arguments.rounds):
-                without = _seconds(model, rows, arguments, None, f"job-{number}")
-                with_them = _seconds(model, rows, arguments, storage, f"job-{number}")
-                costs.append((with_them - without) / arguments.steps)
-                step_s.append(without / arguments.steps)
-                say(lines, f"round {number + 1}: a step takes {step_s[-1]:.3f} s, its checkpoint {costs[-1]:.3f} s")
+                seconds = _seconds(model, rows, arguments, storage, f"job-{number}")
+                say(lines, f"round {number + 1}: steps took {' '.join(f'{value:.3f}' for value in seconds)} s")
+                cost, without = cost_of_checkpoints(seconds)
+                say(lines, f"round {number + 1}: a step takes {without:.3f} s, a checkpoint {cost:.3f} s more")
+                costs.append(cost)
+                step_s.append(without)
     figures = {
         "time_lost_share": figure([cost / MINUTE_S for cost in costs], "share"),
         "checkpoint_s": figure(costs, "s"),
@@ -61,60 +66,57 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints", description=__doc__)
-    parser.add_argument("--rows", type=Path, required=True, help="a jsonl file")
-    parser.add_argument("--prompt-field", default="prompt")
-    parser.add_argument("--response-field", default="response")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--limit", type=int, default=512, help="rows of the file to choose from")
-    cache = Path("~/.cache/tunesmith-benchmarks").expanduser()
-    parser.add_argument("--cache", type=Path, default=cache, help="folder of the model")
+    parser = recipe_arguments("python -m benchmarks.checkpoints", __doc__)
+    parser.add_argument("--checkpoints", type=int, default=30, help="of a round")
+    parser.add_argument("--batch-rows", type=int, default=4, help="rows of a step, all the rows that are taken")
     # The rest of what `cpu_lora` asks for.
-    parser.set_defaults(batch_rows=4, passes=1, warmup_steps=0, max_length=256, advanced=[])
-    return parser.parse_args()
+    parser.set_defaults(passes=1, warmup_steps=0, steps=1, max_length=256, advanced=[])
+    arguments = parser.parse_args()
+    arguments.limit = arguments.batch_rows
+    return arguments
+
+
+def cost_of_checkpoints(seconds: Sequence[float]) -> tuple[float, float]:
+    """What a checkpoint adds to a step on average, and what a step takes without one: of steps without and with in
+    turn, the first and last without."""
+    without, with_one = seconds[::2], seconds[1::2]
+    added = [own - (before + after) / 2 for own, (before, after) in zip(with_one, pairwise(without), strict=True)]
+    return statistics.mean(added), statistics.mean(without)
 
 
 def _seconds(
-    model: Path, rows: TokenizedRows, arguments: argparse.Namespace, storage: Storage | None, job_id: str
-) -> float:
-    """From the first step to the last, and to the end of the last upload where checkpoints go to `storage`."""
-    began = 0.0
-
-    def begin(phase: str) -> None:
-        nonlocal began
-        if phase == "train":
-            began = time.perf_counter()
-
-    uploads = Uploads(storage, job_id=job_id, attempt=1, keep=2) if storage is not None else None
-
-    def save(step: int, folder: Path | None) -> None:
-        if uploads is not None and folder is not None:
-            uploads.add_checkpoint(step, folder)
-
+    model: Path, rows: TokenizedRows, arguments: argparse.Namespace, storage: Storage, job_id: str
+) -> list[float]:
+    """Of every step after the warm-up, with the checkpoint before it: without one and with one in turn."""
+    ends: list[float] = []
+    steps = WARMUP_STEPS + 2 * arguments.checkpoints + 2
     given = {
         "per_device_train_batch_size": arguments.batch_rows,
         "max_seq_length": arguments.max_length,
-        "max_steps": arguments.steps,
-        "save_steps": 1 if uploads is not None else arguments.steps,
+        "save_steps": 2,
+        "logging_steps": 1,
     }
-    with uploads or nullcontext():
+    with Uploads(storage, job_id=job_id, attempt=1, keep=2) as uploads:
+
+        def report(step: int, values: Mapping[str, float]) -> None:
+            ends.append(time.perf_counter())
+            if step > WARMUP_STEPS and step % 2 and uploads.stored_step != step - 1:
+                raise SystemExit(f"checkpoint {step - 1} was not stored within a step; give more --batch-rows")
+
+        def save(step: int, folder: Path | None) -> None:
+            assert folder is not None
+            uploads.add_checkpoint(step, folder)
+
         train(
             model,
             rows,
             None,
             hyperparameters=resolve(given),
-            advanced=resolve({"precision": "fp32"}, ADVANCED, section="advanced"),
-            hooks=Hooks(
-                report=lambda step, values: None,
-                save=save,
-                should_stop=lambda: False,
-                phase=lambda name, data: begin(name),
-            ),
+            advanced=resolve({"precision": "fp32", "num_train_epochs": steps}, ADVANCED, section="advanced"),
+            hooks=Hooks(report=report, save=save, should_stop=lambda: False),
             compiled=False,
         )
-    return time.perf_counter() - began
+    return [end - begin for begin, end in pairwise(ends)][WARMUP_STEPS:]
 
 
 if __name__ == "__main__":

@@ -215,6 +215,16 @@ def test_held_out_rows_are_evaluated_before_at_checkpoints_and_at_the_end_and_ch
     assert list(seen) == [8]  # what was evaluated before the cut is not evaluated again
 
 
+def test_who_goes_on_from_a_checkpoint_finds_it_evaluated(model_folder: Path, tmp_path: Path) -> None:
+    saved: dict[int, list[str]] = {}
+
+    def evaluated(step: int, model: Any, loss: float) -> None:
+        saved[step] = sorted(path.name for path in tmp_path.iterdir())
+
+    run(model_folder, tmp_path, save_steps=3, eval_rows=tokens(8), evaluated=evaluated)
+    assert saved == {0: [], 3: [], 6: ["3"], 8: ["3", "6", "8"]}
+
+
 def test_an_evaluation_ends_where_the_run_is_to_stop(model_folder: Path, tmp_path: Path) -> None:
     evaluated: list[int] = []
     losses, outcome = run(

@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
+from tests.waiting import until
+from trainers import signals
 from trainers.reports import KEY, Report, ReportWriter
 from tunesmith import attempts, layout
 from tunesmith.attempts import EventWriter, MetricLine
@@ -43,3 +47,22 @@ def test_reports_become_metrics_and_events_and_none_is_lost(tmp_path: Path) -> N
     assert lines[-1].step == 201
     told = [(event.state, event.phase) for event in attempts.read_events(storage, "job-1", 1)]
     assert told == [(None, "tokenize"), ("running", "train"), (None, "train")]
+
+
+def test_workers_hear_once_storage_has_all_metrics_that_a_checkpoint_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = FolderStorage(tmp_path)
+    told: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(signals, "tell_stored", lambda name, step: told.append((name, step, len(metrics(storage)))))
+    with (
+        EventWriter(storage, "job-1", 1) as events,
+        ReportWriter(storage, "job-1", 1, events, segment_s=1000, secret=b"secret") as writer,
+    ):
+        for name in ("loss", "eval_loss"):
+            writer.write(Report("t", 3, values={name: 1.0}), rank=0)
+        assert metrics(storage) == []
+        writer.write(Report("t", 3, flush=True), rank=0)
+        until(lambda: told == [("job-1-a1", 3, 2)])
+        writer.write(Report("t", 6, flush=True), rank=0)  # nothing new to store
+        assert told[1:] == [("job-1-a1", 6, 2)]

@@ -65,7 +65,7 @@ class Hooks:
     phase: Callable[[str, Mapping[str, int]], None] = lambda name, data: None
     """`evaluate`, or `train`, at its beginning with `total_steps` and `first_step`."""
     evaluated: Callable[[int, Any, float], None] = lambda step, model, loss: None
-    """Step, model and held-out loss: before the training, after checkpoints, and at the end. Leaves the model alone."""
+    """Step, model and held-out loss: before the training, before checkpoints, and at the end. Leaves the model alone."""
 
 
 @dataclass(frozen=True)
@@ -240,10 +240,11 @@ def train(
             since, tokens, samples = time.perf_counter(), 0, 0
         if is_saved or is_last:
             paused = time.perf_counter()
-            save(step)
-            saved_step = step
+            # First, for whoever goes on from the checkpoint evaluates it no more.
             if step < total_steps and not stopped and evaluate_at(step) is not None:
                 hooks.phase("train", {})
+            save(step)
+            saved_step = step
             since += time.perf_counter() - paused
         if stopped:
             break

@@ -45,7 +45,7 @@ class Report:
     events: Sequence[EventLine] = ()
     """What else is to be said."""
     flush: bool = False
-    """Metrics are to reach storage at once: a checkpoint, which waits for them, is about to follow."""
+    """Metrics up to here are to reach storage at once: the checkpoint of this step waits for them."""
     products: Mapping[str, Any] | None = None
     """At the end: how the run ended, and the files of the new model."""
 
@@ -85,8 +85,9 @@ class ReportWriter:
         self._metrics = SegmentWriter(
             storage, layout.metrics(job_id, attempt), max_age_s=segment_s, stored=self._tell_stored
         )
-        self._on_the_way: deque[tuple[int, int]] = deque()
-        self._written_size = 0
+        self._telling = threading.Lock()
+        self._awaited: deque[tuple[int, int]] = deque()
+        self._written_size = self._stored_size = 0
         self._folder = tempfile.TemporaryDirectory(prefix="tunesmith-")
         self._listener = Listener(str(Path(self._folder.name) / "reports"), "AF_UNIX", authkey=secret)
         self._secret = secret
@@ -140,11 +141,13 @@ class ReportWriter:
         if lines:
             data = b"".join(line.model_dump_json().encode() + b"\n" for line in lines)
             self._written_size += len(data)
-            self._on_the_way.append((self._written_size, max(self.last_step, first.step)))
             self._metrics.write(data)
             self._gauges.set(lines)
         if first.flush:
+            with self._telling:
+                self._awaited.append((self._written_size, first.step))
             self._metrics.flush_soon()
+            self._tell_stored(0)  # they may all be there
         self.last_step = max(self.last_step, first.step)
         for event in first.events:
             self._events.append(event)
@@ -156,16 +159,15 @@ class ReportWriter:
             self.products = first.products
 
     def _tell_stored(self, size: int) -> None:
-        """Tell the workers up to which step storage has the metrics: `size` bytes of them."""
-        step = None
-        while self._on_the_way and self._on_the_way[0][0] <= size:
-            _, step = self._on_the_way.popleft()
-        if step is None:
-            return
-        try:
-            signals.tell_stored(self._name, step)
-        except Exception:  # a thread's border: the records go on without Ray
-            logger.exception("%s: the workers could not be told of step %d", self._name, step)
+        """Tell the workers of steps whose metrics are among the `size` bytes that storage has now."""
+        with self._telling:
+            self._stored_size = max(self._stored_size, size)
+            while self._awaited and self._awaited[0][0] <= self._stored_size:
+                _, step = self._awaited.popleft()
+                try:
+                    signals.tell_stored(self._name, step)
+                except Exception:  # a thread's border: the records go on without Ray
+                    logger.exception("%s: the workers could not be told of step %d", self._name, step)
 
     def _line(self, report: Report, rank: int | None, name: str, value: float) -> MetricLine:
         return MetricLine(time=report.time, attempt=self._attempt, step=report.step, rank=rank, name=name, value=value)

@@ -61,7 +61,7 @@ def _run(task: Task, worker: Worker, storage: PatientStorage, settings: Settings
     job = task.job
     keep = int(job.advanced["save_total_limit"])
     uploads = Uploads(storage, job_id=job.id, attempt=task.attempt, keep=keep)
-    reports = _Reports(worker, uploads, save_steps=int(job.hyperparameters["save_steps"]))
+    reports = _Reports(worker, uploads)
     torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
     base, dataset = fetch(job.model_url, settings).folder, fetch(job.dataset_url, settings)
     data = load_data(job, base, dataset, storage, settings)
@@ -74,9 +74,9 @@ def _run(task: Task, worker: Worker, storage: PatientStorage, settings: Settings
         memory.limit(get_flavor(job.flavor).memory_gib << 30)
 
     def save(step: int, folder: Path | None) -> None:
+        reports.send(step, flush=True)
         if folder is not None:
-            reported = reports.last_step
-            uploads.add_checkpoint(step, folder, lambda: _wait_until_stored(task, reported, settings))
+            uploads.add_checkpoint(step, folder, lambda: _wait_until_stored(task, step, settings))
 
     def evaluated(step: int, model: Any, loss: float) -> None:
         assert data.eval_rows is not None
@@ -184,12 +184,9 @@ def _watchdog(task: Task, rank: int, timeout_s: float) -> Watchdog:
 class _Reports:
     """Sends Reports; every worker must send the same number of them, for each is a barrier."""
 
-    def __init__(self, worker: Worker, uploads: Uploads, *, save_steps: int) -> None:
+    def __init__(self, worker: Worker, uploads: Uploads) -> None:
         self._worker = worker
         self._uploads = uploads
-        self._save_steps, self._total_steps = save_steps, 0
-        self.last_step = 0
-        """The newest step of which metrics were sent."""
         self._process = psutil.Process()
         self._process.cpu_percent()
 
@@ -197,15 +194,12 @@ class _Reports:
         ray.train.report({KEY: Report(time=utc_text(), step=step, events=self._uploads.ended(), **parts)})
 
     def phase(self, name: str, data: Mapping[str, int]) -> None:
-        self._total_steps = data.get("total_steps", self._total_steps)
         self.send(phase=name, data=data)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         if "loss" in values and self._worker.rank == 0:
             logger.info("step %d LOSS %.4f learning rate %.3g", step, values["loss"], values["learning_rate"])
-        is_saved = step % self._save_steps == 0 or step == self._total_steps
-        self.send(step, values=values, sampled=self._sample(), flush=is_saved)
-        self.last_step = step
+        self.send(step, values=values, sampled=self._sample())
 
     def _sample(self) -> dict[str, float]:
         sampled = {
