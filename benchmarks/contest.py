@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.peers.flops import required_flops
 from benchmarks.peers.work import Work
 from benchmarks.results_file import ROOT, say
 from trainers.batches import BatchPlan
+from trainers.lora import PASS_TOKENS
+from trainers.passes import shared_beginning, shares
 from trainers.shards import Batch, ShardWriter, TokenizedRows
 
 
@@ -124,16 +127,21 @@ def _order(rows: TokenizedRows, work: Work) -> list[int]:
 
 
 def needed_flops(rows: TokenizedRows, work: Work, *, warmup_steps: int) -> int:
-    """Of the recipe's timed steps."""
+    """Of the recipe's timed steps: what the rows of a pass begin with counts once."""
     from transformers import AutoConfig
 
-    plan = batch_plan(rows, work)
-    timed = [row for step in range(warmup_steps + 1, work.steps + 1) for row in plan.rows(step)]
+    plan, device = batch_plan(rows, work), torch.device("cuda" if work.cuda else "cpu")
+    steps = range(warmup_steps + 1, work.steps + 1)
+    passes = [share for step in steps for share in plan.packed(step, 0, PASS_TOKENS.get(device.type)) if share]
+    spans = []
+    for share in passes:
+        shared = shared_beginning([rows.ids(row) for row in share]) if shares(device) else 0
+        spans += [(0, shared), *((shared, int(length)) for length in rows.lengths[share])]
     return required_flops(
         AutoConfig.from_pretrained(work.model),
         lora_rank=work.lora_rank,
-        lengths=rows.lengths[timed].tolist(),
-        trained_tokens=sum(int(rows.trained(row)[1:].sum()) for row in timed),
+        spans=spans,
+        trained_tokens=sum(int(rows.trained(row)[1:].sum()) for share in passes for row in share),
     )
 
 

@@ -59,7 +59,7 @@ def test_the_flops_of_a_step_are_those_of_the_models_products(tmp_path: Path, mo
     with FlopCounterMode(display=False) as counter:
         loss_sum(model, row).backward()  # type: ignore[no-untyped-call]
     config = model.get_base_model().config
-    needed = required_flops(config, lora_rank=4, lengths=[length], trained_tokens=14)
+    needed = required_flops(config, lora_rank=4, spans=[(0, length)], trained_tokens=14)
     # Eager attention makes the whole square of each of its six products.
     above = 12 * (length**2 - length * (length + 1) // 2) * config.hidden_size * config.num_hidden_layers
     assert counter.get_total_flops() == needed + above

@@ -18,21 +18,23 @@ def far(made: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def by_torch(states: list[torch.Tensor], offsets: list[int], scale: float) -> torch.Tensor:
-    rows = [
-        F.scaled_dot_product_attention(
-            *(state[:, :, start:end] for state in states), is_causal=True, scale=scale, enable_gqa=True
-        )
-        for start, end in pairwise(offsets)
-    ]
+    """Each row whole, with the beginning that all share in front of it; of the beginning, what the first row has."""
+    shared = offsets[0]
+    rows = []
+    for start, end in pairwise(offsets):
+        whole = [torch.cat((state[:, :, :shared], state[:, :, start:end]), dim=2) for state in states]
+        row = F.scaled_dot_product_attention(*whole, is_causal=True, scale=scale, enable_gqa=True)
+        rows.append(row if start == shared else row[:, :, shared:])
     return torch.cat(rows, dim=2).transpose(1, 2)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 16), (2, 1, 80), (8, 2, 128)])
+@pytest.mark.parametrize("shared", [0, 1, 24, 71])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_attention_and_its_gradients(heads: int, kv_heads: int, width: int, threads: int) -> None:
+def test_attention_and_its_gradients(heads: int, kv_heads: int, width: int, shared: int, threads: int) -> None:
     torch.manual_seed(0)
     lengths = [1, 2, 5, 6, 7, 47, 48, 49, 63, 64, 65, 131]
-    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    offsets = torch.tensor([shared, *lengths]).cumsum(0).to(torch.int32)
     tokens = int(offsets[-1])
     # Queries laid out by tokens, as a model makes them; keys by heads; values with something between.
     query = torch.randn(1, tokens, heads, width).transpose(1, 2)

@@ -11,12 +11,14 @@ from inspect import signature
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from trainers import native
+from trainers.passes import pack_tokens
 
 ROWS = "tunesmith_rows"
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -52,7 +54,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row: query [1, heads, tokens, d], key and value [1, kv heads, tokens, d].
 
-    Returns [1, tokens, heads, d]. NotImplementedError for a kind of attention that is not made here.
+    Tokens before the first row are the beginning of every row. Returns [1, tokens, heads, d]. NotImplementedError for
+    a kind of attention that is not made here.
     """
     if dropout or softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < longest):
         raise NotImplementedError("dropout, soft caps, sinks and windows shorter than the rows")
@@ -61,15 +64,28 @@ def attend(
         return _attend_on_cpu(query, key, value, offsets, scale)[0], None
     if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
         return _attend_on_gpu(query, key, value, offsets, longest, scale), None
-    lengths = [end - start for start, end in pairwise(offsets.tolist())]
-    rows = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
-    made = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in rows]
+    borders = offsets.tolist()
+    made = [_attend_by_torch(query, key, value, start, end, borders[0], scale) for start, end in pairwise(borders)]
+    if borders[0]:
+        made.insert(0, _attend_by_torch(query, key, value, 0, borders[0], 0, scale))
     return torch.cat(made, dim=2).transpose(1, 2), None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_native(device: str, dtype: torch.dtype, width: int) -> bool:
     return native.fits(width, torch.empty(0, dtype=dtype, device=device))
+
+
+def _attend_by_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, end: int, shared: int, scale: float
+) -> torch.Tensor:
+    """What the tokens from `start` to `end` attend to: the `shared` first ones and themselves."""
+    q, k, v = (states[:, :, start:end] for states in (query, key, value))
+    mask = None
+    if shared:
+        k, v = (torch.cat((states[:, :, :shared], own), dim=2) for states, own in ((key, k), (value, v)))
+        mask = torch.ones(end - start, shared + end - start, dtype=torch.bool, device=q.device).tril(shared)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
 
 
 def _attend_on_gpu(
@@ -143,21 +159,20 @@ AttentionInterface.register(ROWS, attend)
 def why_not_packed(model: Any, longest: int) -> str | None:
     """Why rows of up to `longest` tokens must not be packed for this peft model; None where they may.
 
-    The model itself is asked: two rows behind each other must give what each gives alone.
+    The model itself is asked: two rows that begin alike must give together what each gives alone.
     """
     base = model.get_base_model()
     device = base.get_input_embeddings().weight.device
-    lengths = [13, 11]
-    ids = torch.arange(sum(lengths), device=device) * 37 % base.get_input_embeddings().num_embeddings
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-    offsets = torch.tensor([0, 13, 24], dtype=torch.int32, device=device)
+    ids = np.arange(24) * 37 % base.get_input_embeddings().num_embeddings
+    rows = [ids[:13], np.concatenate((ids[:4], ids[13:]))]
+    given = pack_tokens(rows, [np.ones(len(row), bool) for row in rows], device)
     try:
         with rows_apart(base):
-            options = {"position_ids": positions[None], "offsets": offsets, "longest": longest}
-            together = base.base_model(input_ids=ids[None], use_cache=False, **options).last_hidden_state[0]
-        alone = [
-            base.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids.split(lengths)
-        ]
+            options = {"position_ids": given.positions, "offsets": given.offsets, "longest": longest}
+            hidden = base.base_model(input_ids=given.ids, use_cache=False, **options).last_hidden_state[0]
+        together = hidden[given.places]
+        each = [torch.from_numpy(row[:-1]).to(device) for row in rows]
+        alone = [base.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in each]
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"the model cannot do it ({error})"
     difference = torch.linalg.vector_norm((together - torch.cat(alone)).float())

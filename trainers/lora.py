@@ -26,7 +26,7 @@ from trainers.compilation import compile_layers, why_not_compiled
 from trainers.device import Device, keep_freed_memory, pick_device
 from trainers.loss import attention_of, loss_sum
 from trainers.memory import does_not_fit, is_out_of_memory, largest_pass
-from trainers.passes import Pass, one_row, pack, pad
+from trainers.passes import Pass, one_row, pack, pad, shares
 from trainers.shards import TokenizedRows
 from trainers.strategies import SHARE_BASE, Strategy, Worker, choose, shares_base, strategy
 from trainers.trace import traced
@@ -65,7 +65,7 @@ class Hooks:
     phase: Callable[[str, Mapping[str, int]], None] = lambda name, data: None
     """`evaluate`, or `train`, at its beginning with `total_steps` and `first_step`."""
     evaluated: Callable[[int, Any, float], None] = lambda step, model, loss: None
-    """Step, model and held-out loss: before the training, before checkpoints, and at the end. Leaves the model alone."""
+    """Step, model and held-out loss: before the training, before checkpoints, at the end. Leaves the model alone."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def train(
             f"rows cannot be packed: {unpacked}", fields=["advanced.packing"], hint="packing=auto pads them"
         )
     make_pass = pad if unpacked else pack
-    logger.info("rows are %s", f"padded: {unpacked}" if unpacked else "packed")
+    packed = "packed" + (", what those of a pass begin with is computed once" if shares(device.torch_device) else "")
+    logger.info("rows are %s", f"padded: {unpacked}" if unpacked else packed)
     in_pieces = strategy_name in SHARE_BASE
     if not in_pieces:
         model.to(device.torch_device)

@@ -2,7 +2,8 @@
 
    A row's queries are taken BLOCK at a time against all keys before them, so that the scores of a block stay in the
    cache. Every product is made of one kernel: a tile of TILE rows and CHUNK columns, held in registers. What belongs to
-   one row and one head of keys is one thread's work, so gradients of keys add up without locks. */
+   one row and one head of keys is one thread's work, so gradients of keys add up without locks; those of a beginning
+   that rows share are summed at the end, in the rows' order. */
 
 #include <math.h>
 #include <stdint.h>
@@ -70,11 +71,11 @@ static void product(int rows, int64_t columns, int64_t depth, matrix a, const fl
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t padded(int64_t count) { return (count + PAD - 1) / PAD * PAD; }
 
-/* to [width][padded(length)] = from transposed, zero behind it. */
-static void transpose(const float *from, int64_t down, int64_t length, int64_t width, float *to) {
+/* to [width][padded(length)] = from [length][width] transposed, zero behind it. */
+static void transpose(const float *from, int64_t length, int64_t width, float *to) {
     const int64_t wide = padded(length);
     for (int64_t w = 0; w < width; w++) {
-        for (int64_t i = 0; i < length; i++) to[w * wide + i] = from[i * down + w];
+        for (int64_t i = 0; i < length; i++) to[w * wide + i] = from[i * width + w];
         for (int64_t i = length; i < wide; i++) to[w * wide + i] = 0;
     }
 }
@@ -86,6 +87,28 @@ typedef struct {
 } states;
 
 static float *place(states s, int64_t head, int64_t token) { return s.data + head * s.head + token * s.token; }
+
+/* A packed row: `length` tokens, the beginning of which, `shared` of them, are the first tokens of all; the others stand
+   from `start` on, which is no less than `shared`. */
+typedef struct {
+    int64_t shared, start, length;
+} row;
+
+/* The `number`th row; behind the last one comes the beginning that they share, as a row of its own. */
+static row row_of(const int32_t *offsets, int64_t rows, int64_t number) {
+    if (number == rows) return (row){0, 0, offsets[0]};
+    return (row){offsets[0], offsets[number], offsets[0] + offsets[number + 1] - offsets[number]};
+}
+
+static int64_t tasks_of(const int32_t *offsets, int64_t rows, int64_t kv_heads) {
+    return (rows + (offsets[0] > 0)) * kv_heads;
+}
+
+/* to [length][width] = the states of one head for all tokens of a row. */
+static void collect(states s, int64_t head, row r, int64_t width, float *to) {
+    for (int64_t i = 0; i < r.length; i++)
+        memcpy(to + i * width, place(s, head, i < r.shared ? i : r.start - r.shared + i), sizeof(float) * width);
+}
 
 /* scores[i - from][0..to) = left(i) · right for the tokens from..to of a row; those after i are not made or left. */
 static void scores_of(const float *left, int64_t down, const float *right, int64_t wide, int64_t width, int64_t from,
@@ -146,17 +169,19 @@ static float exponentials(float *weights, int64_t count, int64_t end, float scal
     return sum;
 }
 
-static void forward_row(states q, states k, states v, states out, float *logsumexp, int64_t start, int64_t length,
-                        int64_t kv_head, int64_t heads, int64_t group, int64_t width, float scale) {
-    const int64_t wide = padded(length);
-    float *keys = malloc(sizeof(float) * (width + BLOCK) * wide), *scores = keys + width * wide;
-    transpose(place(k, kv_head, start), k.token, length, width, keys);
-    const float *values = place(v, kv_head, start);
+static void forward_row(states q, states k, states v, states out, float *logsumexp, row r, int64_t kv_head,
+                        int64_t heads, int64_t group, int64_t width, float scale) {
+    const int64_t wide = padded(r.length), base = r.start - r.shared;
+    float *keys = malloc(sizeof(float) * (2 * width + BLOCK) * wide), *values = keys + width * wide;
+    float *scores = values + width * wide;
+    collect(k, kv_head, r, width, values);
+    transpose(values, r.length, width, keys);
+    collect(v, kv_head, r, width, values);
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-        const float *queries = place(q, head, start);
-        float *outs = place(out, head, start);
-        for (int64_t from = 0; from < length; from += BLOCK) {
-            const int64_t to = least(from + BLOCK, length);
+        const float *queries = place(q, head, base);
+        float *outs = place(out, head, base);
+        for (int64_t from = r.shared; from < r.length; from += BLOCK) {
+            const int64_t to = least(from + BLOCK, r.length);
             float shares[BLOCK];
             scores_of(queries, q.token, keys, wide, width, from, to, scores);
             for (int64_t i = from; i < to; i++) {
@@ -164,10 +189,10 @@ static void forward_row(states q, states k, states v, states out, float *logsume
 #pragma omp simd reduction(max : highest)
                 for (int64_t j = 1; j <= i; j++) highest = line[j] > highest ? line[j] : highest;
                 const float sum = exponentials(line, i + 1, to, scale, scale * highest);
-                logsumexp[(start + i) * heads + head] = scale * highest + logf(sum);
+                logsumexp[(base + i) * heads + head] = scale * highest + logf(sum);
                 shares[i - from] = 1 / sum;
             }
-            mix(scores, wide, values, v.token, width, from, to, outs, out.token, 0);
+            mix(scores, wide, values, width, width, from, to, outs, out.token, 0);
             for (int64_t i = from; i < to; i++)
                 for (int64_t w = 0; w < width; w++) outs[i * out.token + w] *= shares[i - from];
         }
@@ -175,38 +200,43 @@ static void forward_row(states q, states k, states v, states out, float *logsume
     free(keys);
 }
 
+/* The gradients of what the row shares go to `shared_k` and `shared_v`, [shared][width]. */
 static void backward_row(states q, states k, states v, states out, states grad, const float *logsumexp, states grad_q,
-                         states grad_k, states grad_v, int64_t start, int64_t length, int64_t kv_head, int64_t heads,
-                         int64_t group, int64_t width, float scale) {
-    const int64_t wide = padded(length);
-    float *keys = malloc(sizeof(float) * 2 * (width + BLOCK) * wide), *values = keys + width * wide;
-    float *weights = values + width * wide, *grads = weights + BLOCK * wide;
-    transpose(place(k, kv_head, start), k.token, length, width, keys);
-    transpose(place(v, kv_head, start), v.token, length, width, values);
-    float *to_keys = place(grad_k, kv_head, start), *to_values = place(grad_v, kv_head, start);
-    for (int64_t i = 0; i < length; i++) {
-        memset(to_keys + i * grad_k.token, 0, sizeof(float) * width);
-        memset(to_values + i * grad_v.token, 0, sizeof(float) * width);
-    }
+                         states grad_k, states grad_v, float *shared_k, float *shared_v, row r, int64_t kv_head,
+                         int64_t heads, int64_t group, int64_t width, float scale) {
+    const int64_t wide = padded(r.length), base = r.start - r.shared, size = width * wide;
+    float *keys = malloc(sizeof(float) * (5 * size + 2 * BLOCK * wide)), *keys_across = keys + size;
+    float *values_across = keys + 2 * size, *to_keys = keys + 3 * size, *to_values = keys + 4 * size;
+    float *weights = keys + 5 * size, *grads = weights + BLOCK * wide;
+    collect(v, kv_head, r, width, keys);
+    transpose(keys, r.length, width, values_across);
+    collect(k, kv_head, r, width, keys);
+    transpose(keys, r.length, width, keys_across);
+    memset(to_keys, 0, sizeof(float) * 2 * size);
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-        const float *queries = place(q, head, start), *outs = place(out, head, start), *given = place(grad, head, start);
-        for (int64_t from = 0; from < length; from += BLOCK) {
-            const int64_t to = least(from + BLOCK, length);
-            scores_of(queries, q.token, keys, wide, width, from, to, weights);
-            scores_of(given, grad.token, values, wide, width, from, to, grads);
+        const float *queries = place(q, head, base), *outs = place(out, head, base), *given = place(grad, head, base);
+        for (int64_t from = r.shared; from < r.length; from += BLOCK) {
+            const int64_t to = least(from + BLOCK, r.length);
+            scores_of(queries, q.token, keys_across, wide, width, from, to, weights);
+            scores_of(given, grad.token, values_across, wide, width, from, to, grads);
             for (int64_t i = from; i < to; i++) {
                 float *weight = weights + (i - from) * wide, *line = grads + (i - from) * wide, along = 0;
 #pragma omp simd reduction(+ : along)
                 for (int64_t w = 0; w < width; w++) along += outs[i * out.token + w] * given[i * grad.token + w];
-                exponentials(weight, i + 1, to, scale, logsumexp[(start + i) * heads + head]);
+                exponentials(weight, i + 1, to, scale, logsumexp[(base + i) * heads + head]);
 #pragma omp simd
                 for (int64_t j = 0; j < to; j++) line[j] = j <= i ? scale * weight[j] * (line[j] - along) : 0;
             }
-            mix(grads, wide, place(k, kv_head, start), k.token, width, from, to, place(grad_q, head, start),
-                grad_q.token, 0);
-            gather(weights, wide, given, grad.token, width, from, to, to_values, grad_v.token);
-            gather(grads, wide, queries, q.token, width, from, to, to_keys, grad_k.token);
+            mix(grads, wide, keys, width, width, from, to, place(grad_q, head, base), grad_q.token, 0);
+            gather(weights, wide, given, grad.token, width, from, to, to_values, width);
+            gather(grads, wide, queries, q.token, width, from, to, to_keys, width);
         }
+    }
+    memcpy(shared_k, to_keys, sizeof(float) * r.shared * width);
+    memcpy(shared_v, to_values, sizeof(float) * r.shared * width);
+    for (int64_t i = r.shared; i < r.length; i++) {
+        memcpy(place(grad_k, kv_head, base + i), to_keys + i * width, sizeof(float) * width);
+        memcpy(place(grad_v, kv_head, base + i), to_values + i * width, sizeof(float) * width);
     }
     free(keys);
 }
@@ -217,11 +247,9 @@ void forward(const int64_t *places, float *q, float *k, float *v, float *out, fl
     const states all[4] = {{q, places[0], places[1]}, {k, places[2], places[3]}, {v, places[4], places[5]},
                            {out, places[6], places[7]}};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t task = 0; task < rows * kv_heads; task++) {
-        const int64_t row = task / kv_heads, start = offsets[row];
-        forward_row(all[0], all[1], all[2], all[3], logsumexp, start, offsets[row + 1] - start, task % kv_heads, heads,
-                    heads / kv_heads, width, scale);
-    }
+    for (int64_t task = 0; task < tasks_of(offsets, rows, kv_heads); task++)
+        forward_row(all[0], all[1], all[2], all[3], logsumexp, row_of(offsets, rows, task / kv_heads), task % kv_heads,
+                    heads, heads / kv_heads, width, scale);
 }
 
 /* As `forward`; `places` go on with grad, grad_q, grad_k and grad_v. */
@@ -229,14 +257,25 @@ void backward(const int64_t *places, float *q, float *k, float *v, float *out, f
               float *grad_q, float *grad_k, float *grad_v, const int32_t *offsets, int64_t rows, int64_t heads,
               int64_t kv_heads, int64_t width, float scale, int threads) {
     float *data[8] = {q, k, v, out, grad, grad_q, grad_k, grad_v};
+    const int64_t tasks = tasks_of(offsets, rows, kv_heads), size = offsets[0] * width;
     states all[8];
     for (int s = 0; s < 8; s++) all[s] = (states){data[s], places[2 * s], places[2 * s + 1]};
+    float *shared_k = malloc(sizeof(float) * 2 * tasks * size + 1), *shared_v = shared_k + tasks * size;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t task = 0; task < rows * kv_heads; task++) {
-        const int64_t row = task / kv_heads, start = offsets[row];
-        backward_row(all[0], all[1], all[2], all[3], all[4], logsumexp, all[5], all[6], all[7], start,
-                     offsets[row + 1] - start, task % kv_heads, heads, heads / kv_heads, width, scale);
-    }
+    for (int64_t task = 0; task < tasks; task++)
+        backward_row(all[0], all[1], all[2], all[3], all[4], logsumexp, all[5], all[6], all[7], shared_k + task * size,
+                     shared_v + task * size, row_of(offsets, rows, task / kv_heads), task % kv_heads, heads,
+                     heads / kv_heads, width, scale);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < offsets[0]; i++)
+        for (int64_t task = 0; task < rows * kv_heads; task++) {
+            float *to_k = place(all[6], task % kv_heads, i), *to_v = place(all[7], task % kv_heads, i);
+            for (int64_t w = 0; w < width; w++) {
+                to_k[w] += shared_k[task * size + i * width + w];
+                to_v[w] += shared_v[task * size + i * width + w];
+            }
+        }
+    free(shared_k);
 }
 
 /* narrow[token][0..ranks) = x[token] · a[0..ranks) for `tokens` tokens; both counts are known when compiled. */

@@ -47,7 +47,8 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query [1, heads, tokens, width], key and value [1, kv heads, tokens, width], offsets int32 [rows + 1].
 
-    Returns what the rows attend to, [1, tokens, heads, width], and the logsumexp of their scores, [1, tokens, heads].
+    Tokens before offsets[0] are the beginning of every row. Returns what the rows attend to, [1, tokens, heads, width],
+    and the logsumexp of their scores, [1, tokens, heads].
     """
     states = [_by_tokens(state) for state in (query, key, value)]
     tokens, heads, width = states[0].shape

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def required_flops(config: Any, *, lora_rank: int, lengths: Iterable[int], trained_tokens: int) -> int:
-    """FLOPs of forward and backward over rows of these `lengths`, for a model of Llama's layers; a product counts 2.
+def required_flops(config: Any, *, lora_rank: int, spans: Iterable[tuple[int, int]], trained_tokens: int) -> int:
+    """FLOPs of forward and backward over `spans` of rows, for a model of Llama's layers; a product counts 2.
+
+    A span is the tokens of a row from one to another; those before it were computed with another row's.
 
     `config` is the model's, with an adapter on the seven matrices of every layer. Only what the mathematics needs:
 
@@ -25,9 +27,9 @@ def required_flops(config: Any, *, lora_rank: int, lengths: Iterable[int], train
     # The input's gradient goes through W and through the adapter's A, [rank, rows].
     spared = sum(2 * rows * (columns + lora_rank) for rows, columns in matrices[:3])
     tokens = pairs = 0
-    for length in lengths:
-        tokens += length
-        pairs += length * (length + 1) // 2
+    for start, end in spans:
+        tokens += end - start
+        pairs += (end * (end + 1) - start * (start + 1)) // 2
     attention = 2 * (2 + 4) * pairs * matrices[0][1] * layers
     head = (2 + 2) * trained_tokens * int(config.hidden_size) * int(config.vocab_size)
     return tokens * (layers * (4 * frozen + 6 * adapters) - spared) + attention + head
