@@ -14,7 +14,7 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
-from trainers import attention
+from trainers import attention, passes
 from trainers.adapter import load_model
 from trainers.device import pick_device
 from trainers.loss import loss_sum
@@ -83,8 +83,9 @@ class Asked(TorchDispatchMode):
 
 @pytest.mark.parametrize("make_pass, reads", [(pack, 0), (pad, 1)])
 def test_a_pass_makes_no_mask_and_packed_rows_never_make_the_host_wait(
-    rows: TokenizedRows, tmp_path: Path, make_pass: Callable[..., Any], reads: int
+    rows: TokenizedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_pass: Callable[..., Any], reads: int
 ) -> None:
+    monkeypatch.setattr(passes, "shares", lambda device: False)  # as an accelerator does not
     device = pick_device()
     model = load_model(tiny.make_model(tmp_path), tiny.hyperparameters(), tiny.advanced(), device)
     model.to(device.torch_device)

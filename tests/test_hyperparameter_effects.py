@@ -640,7 +640,7 @@ def test_packing_changes_how_rows_are_laid_out_and_no_figure(place: Path, caplog
         assert run(place, packing="off").losses == pytest.approx(run(place, packing="auto").losses, abs=1e-5)
     assert [message for message in caplog.messages if message.startswith("rows are")] == [
         "rows are padded: packing is off",
-        "rows are packed",
+        "rows are packed, what those of a pass begin with is computed once",
     ]
 
 

@@ -15,7 +15,6 @@ from trainers.device import pick_device
 from trainers.flat import Flat
 from trainers.lora import Hooks, LossError, Outcome, schedule, train
 from trainers.loss import loss_sum
-from trainers.matmul import CACHE_LINE
 from trainers.shards import TokenizedRows
 from trainers.strategies import Worker
 from trainers.tokenized import tokenize_rows
@@ -239,8 +238,6 @@ def test_an_evaluation_ends_where_the_run_is_to_stop(model_folder: Path, tmp_pat
 
 
 def test_logits_at_the_trained_places_alone_give_the_models_own_loss(model_folder: Path) -> None:
-    from trainers.adapter import load_model
-    from trainers.device import pick_device
     from trainers.passes import pad
 
     device = pick_device()
@@ -306,12 +303,6 @@ def test_a_run_that_breaks_says_the_step_its_rows_and_the_last_good_checkpoint(
     assert f"counts them: {', '.join(map(str, sorted(rows)))};" in str(caught.value)
     assert "the last good checkpoint is that of step 4" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["4"]
-
-
-def test_frozen_weights_begin_at_cache_lines(tmp_path: Path) -> None:
-    folder, device = tiny.make_model(tmp_path / "model", width=36), pick_device()
-    weights = list(load_model(folder, tiny.hyperparameters(), tiny.advanced(), device).parameters())
-    assert {weight.data_ptr() % CACHE_LINE for weight in weights} == {0}
 
 
 def test_modules_that_are_not_there_are_refused(model_folder: Path, tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ def test_thin_products(tokens: int, columns: int, rank: int) -> None:
     assert far(narrow, x.double() @ a.double().t()) < TOLERANCE
     assert far(matmul.narrow_down(x, b.t()), x.double() @ b.double()) < TOLERANCE
     assert far(matmul.sum_over_tokens(narrow, x), narrow.double().t() @ x.double()) < TOLERANCE
+    other = torch.randn(tokens, rank)
+    made, again = matmul.sum_and_narrow_down(other, x, a)
+    assert far(made, other.double().t() @ x.double()) < TOLERANCE
+    assert far(again, x.double() @ a.double().t()) < TOLERANCE
     y = x.clone()
     matmul.add_widened(y, narrow, b.t(), 0.5)
     assert far(y, x.double() + 0.5 * narrow.double() @ b.double().t()) < TOLERANCE

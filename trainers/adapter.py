@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from trainers.device import Device
-from trainers.matmul import add_widened, align, narrow_down, product, sum_over_tokens
+from trainers.matmul import add_widened, narrow_down, product, sum_and_narrow_down, sum_over_tokens
 from trainers.quantization import QuantizedLinear, load_quantized, unpacked
 from tunesmith.errors import ModelError
 
@@ -29,8 +29,6 @@ def load_model(folder: Path, h: Mapping[str, Any], advanced: Mapping[str, Any], 
         base = load_quantized(folder, h["bits"], dtype, device)
     else:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-        if device.torch_device.type == "cpu":
-            align(base)
     return with_adapter(base, h, advanced)
 
 
@@ -122,7 +120,7 @@ def _lora_linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (empty where it is not wanted), a and b; the frozen weight has none."""
     flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    grad_low = narrow_down(grad, b.to(x.dtype).t())
+    grad_b, grad_low = sum_and_narrow_down(low, grad, b.to(x.dtype).t())
     if wants_x:
         grad_x = product(grad, unpacked(weight, scales, (b.shape[0], a.shape[1]), x.dtype).t())
         add_widened(grad_x, grad_low, a.to(x.dtype), scale)
@@ -130,8 +128,7 @@ def _lora_linear_backward(
     else:
         grad_x = x.new_empty(0)
     grad_a = sum_over_tokens(grad_low, flat).to(a.dtype).mul_(scale)
-    grad_b = sum_over_tokens(low, grad).to(b.dtype).mul_(scale).t().contiguous()
-    return grad_x, grad_a, grad_b
+    return grad_x, grad_a, grad_b.to(b.dtype).mul_(scale).t().contiguous()
 
 
 @_lora_linear.register_fake

@@ -17,7 +17,7 @@ enum { LANES = 8, VECTORS = 2, DOTS = 4 };
 #else
 enum { LANES = 4, VECTORS = 2, DOTS = 4 };
 #endif
-enum { TILE = 6, CHUNK = LANES * VECTORS, BLOCK = 48, PAD = 64 };
+enum { TILE = 6, CHUNK = LANES * VECTORS, BLOCK = 48, FEW = 16 };
 
 typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 #define INLINE static inline __attribute__((always_inline))
@@ -69,7 +69,7 @@ static void product(int rows, int64_t columns, int64_t depth, matrix a, const fl
 }
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t padded(int64_t count) { return (count + PAD - 1) / PAD * PAD; }
+static int64_t padded(int64_t count) { return (count + CHUNK - 1) / CHUNK * CHUNK; }
 
 /* to [width][padded(length)] = from [length][width] transposed, zero behind it. */
 static void transpose(const float *from, int64_t length, int64_t width, float *to) {
@@ -294,10 +294,7 @@ INLINE void dots(const int tokens, const int ranks, int64_t columns, const float
         }
 }
 
-/* narrow [tokens][rank] = x [tokens][columns] · a [rank][columns], transposed. LANES divides `columns`. */
-void narrow_down(float *narrow, const float *x, const float *a, int64_t tokens, int64_t rank, int64_t columns,
-                 int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+static void narrow_some(float *narrow, const float *x, const float *a, int64_t tokens, int64_t rank, int64_t columns) {
     for (int64_t t = 0; t < tokens; t += 2) {
         int64_t r = 0;
         for (; r + DOTS <= rank && t + 2 <= tokens; r += DOTS)
@@ -306,6 +303,14 @@ void narrow_down(float *narrow, const float *x, const float *a, int64_t tokens, 
             for (int64_t rest = r; rest < rank; rest++)
                 dots(1, 1, columns, x + one * columns, a + rest * columns, narrow + one * rank + rest, rank);
     }
+}
+
+/* narrow [tokens][rank] = x [tokens][columns] · a [rank][columns], transposed. LANES divides `columns`. */
+void narrow_down(float *narrow, const float *x, const float *a, int64_t tokens, int64_t rank, int64_t columns,
+                 int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t t = 0; t < tokens; t += FEW)
+        narrow_some(narrow + t * rank, x + t * columns, a, least(FEW, tokens - t), rank, columns);
 }
 
 /* y [tokens][columns] += narrow [tokens][rank] · wide [rank][columns]. LANES divides `columns`. */
@@ -317,12 +322,24 @@ void add_widened(float *y, const float *narrow, const float *wide, int64_t token
                 y + i * columns, columns, 1);
 }
 
-/* out [rank][columns] = narrow [tokens][rank], transposed, · x [tokens][columns]. LANES divides `columns`. */
-void sum_over_tokens(float *out, const float *narrow, const float *x, int64_t tokens, int64_t rank, int64_t columns,
-                     int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t at = 0; at < columns; at += CHUNK)
-        for (int64_t r = 0; r < rank; r += TILE)
-            product((int)least(TILE, rank - r), least(CHUNK, columns - at), tokens, (matrix){narrow + r, 1, rank}, x + at,
-                    columns, out + r * columns + at, columns, 0);
+/* sum [rank][columns] = low [tokens][rank], transposed, · x [tokens][columns]; and, where `a` is given, on the same way
+   through x, narrow [tokens][rank] = x · a [rank][columns], transposed. LANES divides `columns`. */
+void sum_over_tokens(float *sum, const float *low, const float *x, float *narrow, const float *a, int64_t tokens,
+                     int64_t rank, int64_t columns, int threads) {
+    const int64_t size = rank * columns, share = (tokens + threads - 1) / threads;
+    float *sums = calloc(threads * size, sizeof(float));
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t thread = 0; thread < threads; thread++)
+        for (int64_t t = thread * share; t < least(tokens, (thread + 1) * share); t += FEW) {
+            const int64_t count = least(FEW, least(tokens, (thread + 1) * share) - t);
+            if (a != NULL) narrow_some(narrow + t * rank, x + t * columns, a, count, rank, columns);
+            for (int64_t r = 0; r < rank; r += TILE)
+                product((int)least(TILE, rank - r), columns, count, (matrix){low + t * rank + r, 1, rank}, x + t * columns,
+                        columns, sums + thread * size + r * columns, columns, 1);
+        }
+    for (int64_t i = 0; i < size; i++) {
+        sum[i] = sums[i];
+        for (int64_t thread = 1; thread < threads; thread++) sum[i] += sums[thread * size + i];
+    }
+    free(sums);
 }

@@ -89,11 +89,18 @@ def add_widened(y: torch.Tensor, narrow: torch.Tensor, wide: torch.Tensor) -> No
     _thin("add_widened", [y, narrow, wide], narrow, y)
 
 
-def sum_over_tokens(narrow: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """narrow [tokens, rank], transposed, times x [tokens, columns]: [rank, columns]."""
-    out = x.new_empty(narrow.shape[1], x.shape[1])
-    _thin("sum_over_tokens", [out, narrow, x], narrow, x)
+def sum_over_tokens(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """low [tokens, rank], transposed, times x [tokens, columns]: [rank, columns]."""
+    out = x.new_empty(low.shape[1], x.shape[1])
+    _thin("sum_over_tokens", [out, low, x, None, None], low, x)
     return out
+
+
+def sum_and_narrow_down(low: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `sum_over_tokens` makes of low and x, and `narrow_down` of x and a, while x is gone through once."""
+    out, narrow = x.new_empty(low.shape[1], x.shape[1]), x.new_empty(low.shape)
+    _thin("sum_over_tokens", [out, low, x, narrow, a], low, x)
+    return out, narrow
 
 
 def _by_tokens(state: torch.Tensor) -> torch.Tensor:
@@ -112,8 +119,8 @@ def _attention(
     _call(name, (ctypes.c_int64 * len(strides))(*strides), *given, offsets, *sizes, ctypes.c_float(scale))
 
 
-def _thin(name: str, given: Sequence[torch.Tensor], narrow: torch.Tensor, wide: torch.Tensor) -> None:
-    contiguous = [tensor.contiguous() for tensor in given]
+def _thin(name: str, given: Sequence[torch.Tensor | None], narrow: torch.Tensor, wide: torch.Tensor) -> None:
+    contiguous = [None if tensor is None else tensor.contiguous() for tensor in given]
     _call(name, *contiguous, *narrow.shape, wide.shape[1])
 
 
