@@ -23,7 +23,7 @@ from benchmarks.peers.work import Work
 from benchmarks.results_file import ROOT, say
 from trainers.batches import BatchPlan
 from trainers.lora import PASS_TOKENS
-from trainers.passes import shared_beginning, shares
+from trainers.passes import shared_beginning
 from trainers.shards import Batch, ShardWriter, TokenizedRows
 
 
@@ -131,18 +131,23 @@ def needed_flops(rows: TokenizedRows, work: Work, *, warmup_steps: int) -> int:
     from transformers import AutoConfig
 
     plan, device = batch_plan(rows, work), torch.device("cuda" if work.cuda else "cpu")
-    steps = range(warmup_steps + 1, work.steps + 1)
-    passes = [share for step in steps for share in plan.packed(step, 0, PASS_TOKENS.get(device.type)) if share]
+    timed = [row for step in range(warmup_steps + 1, work.steps + 1) for row in plan.rows(step)]
     spans = []
-    for share in passes:
-        shared = shared_beginning([rows.ids(row) for row in share]) if shares(device) else 0
-        spans += [(0, shared), *((shared, int(length)) for length in rows.lengths[share])]
+    for step in range(warmup_steps + 1, work.steps + 1):
+        shared = _shared(rows, plan.rows(step), device)
+        for share in filter(None, plan.packed(step, 0, PASS_TOKENS.get(device.type), shared)):
+            known = _shared(rows, share, device)
+            spans += [(0, known), *((known, int(length)) for length in rows.lengths[share])]
     return required_flops(
         AutoConfig.from_pretrained(work.model),
         lora_rank=work.lora_rank,
         spans=spans,
-        trained_tokens=sum(int(rows.trained(row)[1:].sum()) for share in passes for row in share),
+        trained_tokens=sum(int(rows.trained(row)[1:].sum()) for row in timed),
     )
+
+
+def _shared(rows: TokenizedRows, share: Sequence[int], device: torch.device) -> int:
+    return shared_beginning([rows.ids(row) for row in share], device)
 
 
 def run_rounds(

@@ -32,7 +32,7 @@ def wanted(made: Pass) -> list[tuple[int, int]]:
     ],
 )
 def test_what_rows_begin_with(rows: list[list[int]], shared: int) -> None:
-    assert shared_beginning([np.array(row) for row in rows]) == shared
+    assert shared_beginning([np.array(row) for row in rows], CPU) == shared
 
 
 def test_what_rows_begin_with_is_there_once() -> None:

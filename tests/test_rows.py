@@ -160,3 +160,6 @@ def test_packed_rows_are_shared_out_by_their_tokens() -> None:
     assert abs(sum(tokens[0]) - sum(tokens[1])) <= 10
     # More passes where they would be longer than is allowed.
     assert len(plan.packed(1, 0, 50)) == -(-sum(tokens[0]) // 50)
+    # What all begin with, and a pass has once, is not counted.
+    longer = BatchPlan([length + 40 for length in lengths], batch_rows=2, passes=2, world_size=2, seed=0)
+    assert [longer.packed(1, rank, 50, 40) for rank in (0, 1)] == [plan.packed(1, rank, 50) for rank in (0, 1)]

@@ -43,21 +43,22 @@ class BatchPlan:
         passes = [rows[at : at + self._batch_rows] for at in range(0, self.global_rows, self._batch_rows)]
         return passes[rank :: self._world_size]
 
-    def packed(self, step: int, rank: int, tokens: int | None) -> list[list[int]]:
+    def packed(self, step: int, rank: int, tokens: int | None, shared: int = 0) -> list[list[int]]:
         """The forward passes of one worker where rows are packed: workers, and passes, of like numbers of tokens.
 
         They are of about `tokens` at most, where that takes more passes than are asked for; as many for every worker.
+        The `shared` tokens that all rows of the step begin with, and that each pass has once, are not counted.
         """
-        shares = self._dealt(self.rows(step), self._world_size)
-        most = max(int(self._lengths[share].sum()) for share in shares)
-        return self._dealt(shares[rank], max(self._passes, 0 if tokens is None else -(-most // tokens)))
+        shares = self._dealt(self.rows(step), self._world_size, shared)
+        most = max(int((self._lengths[share] - shared).sum()) for share in shares)
+        return self._dealt(shares[rank], max(self._passes, 0 if tokens is None else -(-most // tokens)), shared)
 
-    def _dealt(self, rows: Sequence[int], hands: int) -> list[list[int]]:
-        """Each row, longest first, to the hand with the fewest tokens."""
+    def _dealt(self, rows: Sequence[int], hands: int, shared: int) -> list[list[int]]:
+        """Each row, longest first, to the hand with the fewest tokens, less the shared ones."""
         dealt: list[list[int]] = [[] for _ in range(hands)]
         held = [0] * hands
         for row in rows:
             hand = held.index(min(held))
             dealt[hand].append(row)
-            held[hand] += int(self._lengths[row])
+            held[hand] += int(self._lengths[row]) - shared
         return dealt

@@ -26,7 +26,7 @@ from trainers.compilation import compile_layers, why_not_compiled
 from trainers.device import Device, keep_freed_memory, pick_device
 from trainers.loss import attention_of, loss_sum
 from trainers.memory import does_not_fit, is_out_of_memory, largest_pass
-from trainers.passes import Pass, one_row, pack, pad, shares
+from trainers.passes import Pass, one_row, pack, pad, shared_beginning, shares
 from trainers.shards import TokenizedRows
 from trainers.strategies import SHARE_BASE, Strategy, Worker, choose, shares_base, strategy
 from trainers.trace import traced
@@ -34,7 +34,7 @@ from tunesmith.errors import ModelError, OutOfMemoryError, TunesmithError
 
 EVAL_BATCH_ROWS = 8
 PASS_TOKENS = {"cpu": 1536}
-"""Tokens of a forward pass over packed rows: more take more memory and are hardly faster, by the device's type.
+"""Tokens of a forward pass over packed rows, by the device's type: more take more memory and are hardly faster.
 
 Where the device is not named the passes are those that the user asks for."""
 STOP_STEPS = 10
@@ -197,7 +197,11 @@ def train(
         learning_rate = h["learning_rate"] * schedule(step - 1, total_steps, h["warmup_ratio"], advanced)
         batch = plan.rows(step)
         trained = sum(int(rows.trained(row)[1:].sum()) for row in batch)
-        passes = plan.padded(step, worker.rank) if unpacked else plan.packed(step, worker.rank, pass_tokens)
+        if unpacked:
+            passes = plan.padded(step, worker.rank)
+        else:
+            shared_tokens = shared_beginning([rows.ids(row) for row in batch], device.torch_device)
+            passes = plan.packed(step, worker.rank, pass_tokens, shared_tokens)
         if not shared.in_step:
             passes = [share for share in passes if share]
         ran_out = False

@@ -44,7 +44,7 @@ def pack(rows: TokenizedRows, share: Sequence[int], device: torch.device) -> Pas
 
 def pack_tokens(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], device: torch.device) -> Pass:
     """Rows, given by their tokens, end to end."""
-    return _made(ids, trained, device, padded=False, shared=shared_beginning(ids) if shares(device) else 0)
+    return _made(ids, trained, device, padded=False, shared=shared_beginning(ids, device))
 
 
 def pad(rows: TokenizedRows, share: Sequence[int], device: torch.device) -> Pass:
@@ -63,12 +63,12 @@ def shares(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def shared_beginning(ids: Sequence[np.ndarray]) -> int:
-    """How many tokens all rows of a pass begin with, as those of one template do; 0 for a single row.
+def shared_beginning(ids: Sequence[np.ndarray], device: torch.device) -> int:
+    """How many tokens all of these rows begin with, as those of one template do, and a pass on the device has once.
 
-    At least one token of each row is left.
+    0 for a single row; at least one token of each row is left.
     """
-    if len(ids) == 1:
+    if len(ids) == 1 or not shares(device):
         return 0
     most = min(map(len, ids)) - 1
     beginnings = np.stack([row[:most] for row in ids])
