@@ -68,7 +68,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = recipe_arguments("python -m benchmarks.checkpoints", __doc__)
     parser.add_argument("--checkpoints", type=int, default=30, help="of a round")
-    parser.add_argument("--batch-rows", type=int, default=4, help="rows of a step, all the rows that are taken")
+    parser.add_argument("--batch-rows", type=int, default=2, help="rows of a step, all the rows that are taken")
     # The rest of what `cpu_lora` asks for.
     parser.set_defaults(passes=1, warmup_steps=0, steps=1, max_length=256, advanced=[])
     arguments = parser.parse_args()
