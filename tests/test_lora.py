@@ -1,5 +1,6 @@
 """The recipe: the same loss however the work is split, the same run however often it is cut, a real adapter."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,14 @@ def test_held_out_rows_are_evaluated_before_at_checkpoints_and_at_the_end_and_ch
     seen.clear()
     run(model_folder, tmp_path / "rest", **options, resume_from=tmp_path / "evaluated" / "6")
     assert list(seen) == [8]  # what was evaluated before the cut is not evaluated again
+
+
+def test_the_adapter_of_a_checkpoint_is_as_peft_would_save_it(model_folder: Path, tmp_path: Path) -> None:
+    run(model_folder, tmp_path, save_steps=8)
+    saved = tmp_path / "8" / "adapter"  # the other one is saved by peft at the end
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (saved, tmp_path / "adapter")]
+    assert configs[0] == configs[1]
+    assert_close(load_file(saved / "adapter_model.safetensors"), adapter(tmp_path), 0.0)
 
 
 def test_who_goes_on_from_a_checkpoint_finds_it_evaluated(model_folder: Path, tmp_path: Path) -> None:

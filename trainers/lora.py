@@ -21,7 +21,7 @@ import torch.distributed as dist
 from trainers.adapter import load_model
 from trainers.attention import why_not_packed
 from trainers.batches import BatchPlan
-from trainers.checkpoints import load_adapter, load_moments, save_checkpoint
+from trainers.checkpoints import CheckpointWriter, load_adapter, load_moments
 from trainers.compilation import compile_layers, why_not_compiled
 from trainers.device import Device, keep_freed_memory, pick_device
 from trainers.loss import attention_of, loss_sum
@@ -181,13 +181,15 @@ def train(
         eval_before = evaluate_at(0)
     hooks.phase("train", {"total_steps": total_steps, "first_step": first_step})
 
+    checkpoint = CheckpointWriter(model)
+
     def save(step: int) -> None:
         snapshot = shared.snapshot()
         if worker.rank > 0:
             hooks.save(step, None)
             return
         with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(Path(folder), model, snapshot, {"step": step, "eval_loss_before": eval_before})
+            checkpoint.write(Path(folder), snapshot, {"step": step, "eval_loss_before": eval_before})
             hooks.save(step, Path(folder))
 
     pass_tokens = PASS_TOKENS.get(device.torch_device.type)
