@@ -187,10 +187,12 @@ def checkpoints(storage: Storage, job_id: str) -> list[Checkpoint]:
     """All whole checkpoints of a job over its attempts, oldest first (by step, then attempt)."""
     found = []
     for attempt in _numbers(storage.children(f"{layout.job(job_id)}/attempts")):
-        for step in _numbers(storage.children(layout.checkpoints(job_id, attempt))):
-            key = layout.checkpoint(job_id, attempt, step)
-            if storage.exists(f"{key}/manifest.json"):
-                found.append(Checkpoint(attempt=attempt, step=step, key=key))
+        prefix = layout.checkpoints(job_id, attempt)
+        for entry in storage.entries(prefix):
+            step, _, name = entry.key.removeprefix(f"{prefix}/").partition("/")
+            if name == "manifest.json" and step.isdecimal():
+                key = layout.checkpoint(job_id, attempt, int(step))
+                found.append(Checkpoint(attempt=attempt, step=int(step), key=key))
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt))
 
 
