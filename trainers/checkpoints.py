@@ -25,7 +25,7 @@ MOMENTS = "optimizer.safetensors"
 class CheckpointWriter:
     """Writes everything needed to go on: the adapter in peft's form, the optimizer's moments, and the state.
 
-    What `save_adapter` works out anew each time, half of what a checkpoint keeps a CPU busy with, is made once.
+    What `save_adapter` works out anew each time, most of what writing one takes, is made once.
     """
 
     def __init__(self, model: Any) -> None:
