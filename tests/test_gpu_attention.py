@@ -85,7 +85,7 @@ class Asked(TorchDispatchMode):
 def test_a_pass_makes_no_mask_and_packed_rows_never_make_the_host_wait(
     rows: TokenizedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_pass: Callable[..., Any], reads: int
 ) -> None:
-    monkeypatch.setattr(passes, "shares", lambda device: False)  # as an accelerator does not
+    monkeypatch.setattr(passes, "shares_beginnings", lambda device: False)  # as an accelerator does not
     device = pick_device()
     model = load_model(tiny.make_model(tmp_path), tiny.hyperparameters(), tiny.advanced(), device)
     model.to(device.torch_device)

@@ -26,7 +26,7 @@ from trainers.compilation import compile_layers, why_not_compiled
 from trainers.device import Device, keep_freed_memory, pick_device
 from trainers.loss import attention_of, loss_sum
 from trainers.memory import does_not_fit, is_out_of_memory, largest_pass
-from trainers.passes import Pass, one_row, pack, pad, shared_beginning, shares
+from trainers.passes import Pass, one_row, pack, pad, shared_beginning, shares_beginnings
 from trainers.shards import TokenizedRows
 from trainers.strategies import SHARE_BASE, Strategy, Worker, choose, shares_base, strategy
 from trainers.trace import traced
@@ -140,7 +140,9 @@ def train(
             f"rows cannot be packed: {unpacked}", fields=["advanced.packing"], hint="packing=auto pads them"
         )
     make_pass = pad if unpacked else pack
-    packed = "packed" + (", what those of a pass begin with is computed once" if shares(device.torch_device) else "")
+    packed = "packed" + (
+        ", what those of a pass begin with is computed once" if shares_beginnings(device.torch_device) else ""
+    )
     logger.info("rows are %s", f"padded: {unpacked}" if unpacked else packed)
     in_pieces = strategy_name in SHARE_BASE
     if not in_pieces:

@@ -58,7 +58,7 @@ def one_row(tokens: int, like: Pass) -> Pass:
     return _made([ids], [np.ones(tokens, bool)], like.ids.device, padded=like.offsets is None)
 
 
-def shares(device: torch.device) -> bool:
+def shares_beginnings(device: torch.device) -> bool:
     """Whether what packed rows begin with is computed once; on accelerators a row's keys have to stand together."""
     return device.type == "cpu"
 
@@ -68,7 +68,7 @@ def shared_beginning(ids: Sequence[np.ndarray], device: torch.device) -> int:
 
     0 for a single row; at least one token of each row is left.
     """
-    if len(ids) == 1 or not shares(device):
+    if len(ids) == 1 or not shares_beginnings(device):
         return 0
     most = min(map(len, ids)) - 1
     beginnings = np.stack([row[:most] for row in ids])
