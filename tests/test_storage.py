@@ -74,9 +74,9 @@ def test_what_is_deleted_is_gone_and_no_more(storage: Storage) -> None:
 def test_folders_go_in_and_come_out_the_same(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "small.txt").write_bytes(b"")
-    (tmp_path / "in" / "deep" / "大.bin").write_bytes(os.urandom(9 << 20))
+    (tmp_path / "in" / "deep" / "大.bin").write_bytes(os.urandom(33 << 20))
     stored = storage.upload_folder(tmp_path / "in", "models/m/1/files")
-    assert [entry.size_bytes for entry in stored] == [9 << 20, 0]
+    assert [entry.size_bytes for entry in stored] == [33 << 20, 0]
     storage.download_folder("models/m/1/files", tmp_path / "out")
     for name in ("small.txt", "deep/大.bin"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
