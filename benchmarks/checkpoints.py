@@ -23,13 +23,14 @@ from benchmarks import cpu_lora
 from benchmarks.memory import recipe_arguments
 from benchmarks.peers.environments import smollm2
 from benchmarks.results_file import figure, say, write_results
-from tests.s3_fixture import BUCKET, endpoint, free_ports, s3_keys, s3_process
-from trainers.lora import Hooks, train
-from trainers.shards import TokenizedRows
-from trainers.uploads import Uploads
+from tests.support.s3_fixture import BUCKET, endpoint, free_ports, s3_keys, s3_process
+from trainers.recipe.training_loop import Hooks, train
+from trainers.text.shards import TokenizedRows
+from trainers.text_job.checkpoint_uploads import Uploads
 from tunesmith.hyperparameters import ADVANCED, resolve
 from tunesmith.settings import Settings
-from tunesmith.storage import Storage, open_storage
+from tunesmith.storage.base import Storage
+from tunesmith.storage.urls import open_storage
 
 MINUTE_S = 60.0
 WARMUP_STEPS = 2

@@ -21,10 +21,10 @@ import torch
 from benchmarks.peers.flops import required_flops
 from benchmarks.peers.work import Work
 from benchmarks.results_file import ROOT, say
-from trainers.batches import BatchPlan
-from trainers.lora import PASS_TOKENS
-from trainers.passes import shared_beginning
-from trainers.shards import Batch, ShardWriter, TokenizedRows
+from trainers.recipe.batches import BatchPlan
+from trainers.recipe.collate import shared_beginning
+from trainers.recipe.training_loop import PASS_TOKENS
+from trainers.text.shards import Batch, ShardWriter, TokenizedRows
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ from benchmarks.contest import (
 from benchmarks.peers.environments import llamafactory_python, smollm2
 from benchmarks.peers.work import Work
 from benchmarks.results_file import figure, say, write_results
-from trainers.shards import TokenizedRows
-from trainers.tokenized import tokenize_rows
+from trainers.text.shards import TokenizedRows
+from trainers.text.tokenization import tokenize_rows
+from tunesmith.assets.tables import read_rows
 from tunesmith.hyperparameters import ADVANCED, resolve
-from tunesmith.tables import read_rows
 
 CONTESTANTS: Mapping[str, Contestant] = {
     "ours": Contestant("ours", None, None, usual=True),

@@ -53,8 +53,8 @@ from benchmarks.contest import (
 from benchmarks.peers.random_model import random_llama
 from benchmarks.peers.work import Work
 from benchmarks.results_file import FOLDER, ROOT, figure, say, write_results
-from trainers.shards import Batch, TokenizedRows
-from tunesmith.audit import AuditCounts
+from trainers.text.shards import Batch, TokenizedRows
+from tunesmith.jobs.audit_report import AuditCounts
 
 CONTESTANTS = {
     "ours": Contestant("ours", None, None, usual=True),

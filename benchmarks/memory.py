@@ -26,10 +26,10 @@ from benchmarks import cpu_lora
 from benchmarks.contest import Run
 from benchmarks.peers.environments import smollm2
 from benchmarks.results_file import ROOT, figure, say, write_results
-from trainers.batches import BatchPlan
-from trainers.lora import PASS_TOKENS
-from trainers.rows import Encoded
-from trainers.shards import Batch, TokenizedRows
+from trainers.recipe.batches import BatchPlan
+from trainers.recipe.training_loop import PASS_TOKENS
+from trainers.text.shards import Batch, TokenizedRows
+from tunesmith.text.encoder import Encoded
 
 CONTESTANTS: Mapping[str, str] = {"ours": "ours", "hf_trainer": "hf_plain"}
 """By the names of their figures, those of `cpu_lora`."""

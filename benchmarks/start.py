@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results_file import figure, say, write_results
-from trainers.batches import BatchPlan
-from trainers.tokenized import tokenize_rows
-from tunesmith import clock, layout, local, ports
-from tunesmith.client import Client, read_on
+from trainers.recipe.batches import BatchPlan
+from trainers.text.tokenization import tokenize_rows
+from tunesmith import clock
+from tunesmith.api.client import Client, read_on
+from tunesmith.assets.tables import read_rows
 from tunesmith.hyperparameters import ADVANCED, resolve
+from tunesmith.jobs.spec import TrainSpec
+from tunesmith.local import local_platform, ports
 from tunesmith.settings import Settings
-from tunesmith.spec import TrainSpec
-from tunesmith.storage import open_storage
-from tunesmith.tables import read_rows
+from tunesmith.storage import layout
+from tunesmith.storage.urls import open_storage
 
 BATCH_ROWS, MAX_LENGTH = 4, 512
 
@@ -40,12 +42,12 @@ def main() -> None:
     lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix="ts-start-") as name:
         settings = _settings(Path(name))
-        local.up(settings)
+        local_platform.up(settings)
         try:
             with Client(settings.door_url, settings.api_token_path.read_text()) as client:
                 ours, bare = _measure(client, settings, arguments, lines)
         finally:
-            local.down(settings)
+            local_platform.down(settings)
     ratios = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
     figures = {
         "ratio_vs_bare_script": figure(ratios, "times"),

@@ -22,12 +22,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from demo.interrupts import interrupt_on_leave, uninterrupted
 from demo.job import FREIGHT, Data, prepare, run
-from demo.signals import interrupt_on_leave, uninterrupted
-from tunesmith import local, ports
+from tunesmith.api.client import Client
 from tunesmith.cli.session import INTERRUPTED, exit_code, print_error
-from tunesmith.client import Client
 from tunesmith.errors import SpecError, TunesmithError
+from tunesmith.local import local_platform, ports
 from tunesmith.settings import Settings
 
 HOME = Path(__file__).resolve().parent.parent / ".demo"
@@ -96,7 +96,7 @@ def _platform(console: Console, *, keep: bool) -> Iterator[Settings]:
     settings = _settings()
     try:
         with console.status("starting") as status:
-            local.up(
+            local_platform.up(
                 settings,
                 num_cpus=max(2, os.cpu_count() or 1),
                 object_store_memory=256 << 20,
@@ -107,18 +107,18 @@ def _platform(console: Console, *, keep: bool) -> Iterator[Settings]:
         )
         yield settings
     finally:
-        if keep and local.running(settings):
+        if keep and local_platform.running(settings):
             _say_how_to_go_on(console, settings)
         else:
             with uninterrupted(), console.status("taking the platform down"):
-                ended = local.down(settings)
+                ended = local_platform.down(settings)
             console.print(f"The platform is down: {ended} processes ended. KEEP=1 leaves it up.", style="dim")
 
 
 def _settings() -> Settings:
     """Those of the platform that was left up, else ones with free ports."""
     plain = Settings.from_env({"TUNESMITH_HOME": str(HOME)})
-    there = local.running(plain)
+    there = local_platform.running(plain)
     if there is not None:
         return Settings.from_env(there.settings)
     door, dashboard, ray = ports.free(3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tunesmith.attempts import MetricLine
+from tunesmith.jobs.attempts import MetricLine
 
 
 def draw(metrics: Iterable[MetricLine], file: Path, *, title: str) -> None:

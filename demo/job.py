@@ -13,16 +13,16 @@ from pathlib import Path
 from rich.console import Console
 
 from demo import curve, own_file
-from demo.signals import uninterrupted
-from tunesmith.attempts import MetricLine
-from tunesmith.catalog import describe_files
+from demo.interrupts import uninterrupted
+from tunesmith.api.client import Client, read_on
+from tunesmith.api.views import AssetView, JobView
+from tunesmith.assets.catalog import describe_files
 from tunesmith.cli.evaluations import by_step, side_by_side
 from tunesmith.cli.progress import show_progress
-from tunesmith.client import Client, read_on
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.evaluations import Evaluation
-from tunesmith.spec import TrainSpec
-from tunesmith.views import AssetView, JobView
+from tunesmith.jobs.attempts import MetricLine
+from tunesmith.jobs.evaluation_record import Evaluation
+from tunesmith.jobs.spec import TrainSpec
 
 ORDER = Path(__file__).with_name("order.json")
 SHOWN_ROWS = 6

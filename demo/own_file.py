@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from tunesmith.assets.tables import FORMATS, data_format, read_rows
 from tunesmith.errors import DataError
-from tunesmith.tables import FORMATS, data_format, read_rows
 
 HELD_OUT_ROWS = 64
 HELD_OUT_SHARE = 10

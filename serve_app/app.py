@@ -1,4 +1,4 @@
-"""The front door's HTTP API. Routes parse, call one service function, and return a view of tunesmith.views."""
+"""The front door's HTTP API. Routes parse, call one service function, and return a view of tunesmith.api.views."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from fastapi import APIRouter, FastAPI, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
-from serve_app import assets, jobs
-from serve_app.answers import add_error_handlers
-from serve_app.border import Border
 from serve_app.door import Door
+from serve_app.error_responses import add_error_handlers
+from serve_app.middleware import Border
+from serve_app.routes import assets, jobs
 from tunesmith import __version__
-from tunesmith.records import RecordStore
+from tunesmith.api.views import HealthView
+from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
-from tunesmith.storage import open_storage
-from tunesmith.views import HealthView
+from tunesmith.storage.urls import open_storage
 
 _ABOUT = "Pick a model, pick data, get a new model. Every answer that is no success has the one shape `ErrorBody`."
 

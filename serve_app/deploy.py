@@ -14,11 +14,11 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from serve_app.app import make_app
-from serve_app.launcher import RayLauncher
-from serve_app.reconciler import Reconciler
-from tunesmith.records import RecordStore
+from serve_app.reconciler.launcher import RayLauncher
+from serve_app.reconciler.reconciler import Reconciler
+from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
-from tunesmith.storage import open_storage
+from tunesmith.storage.urls import open_storage
 
 DOOR = "door"
 RECONCILER = "reconciler"

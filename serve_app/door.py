@@ -8,9 +8,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from tunesmith.records import RecordStore
+from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
-from tunesmith.storage import Storage
+from tunesmith.storage.base import Storage
 
 
 @dataclass(frozen=True)

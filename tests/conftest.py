@@ -7,10 +7,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = [
-    "tests.s3_fixture",
-    "tests.pretrained",
-    "tests.ray_fixture",
-    "tests.door_fixture",
-    "tests.live_door",
-    "tests.image_fixture",
+    "tests.support.s3_fixture",
+    "tests.support.pretrained",
+    "tests.support.ray_fixture",
+    "tests.support.door_fixture",
+    "tests.support.live_door",
+    "tests.support.image_fixture",
 ]

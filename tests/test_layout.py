@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith import layout
 from tunesmith.errors import SpecError
+from tunesmith.storage import layout
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +21,7 @@ def test_platform_is_a_source_root_and_hides_nothing() -> None:
 
 def test_the_core_imports_no_torch() -> None:
     code = (
-        "import sys, tunesmith.spec, tunesmith.flavors, tunesmith.hyperparameters, tunesmith.states; "
+        "import sys, tunesmith.jobs.spec, tunesmith.jobs.flavors, tunesmith.hyperparameters, tunesmith.jobs.states; "
         "print(sorted({'torch', 'fastapi', 'transformers'} & set(sys.modules)))"
     )
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}

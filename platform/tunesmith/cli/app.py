@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tunesmith.cli import assets, audits, evaluations, jobs, machine, model_folders, orders
+from tunesmith.cli import assets, audit, evaluations, jobs, machine, model_folders, submit
 
 _HELP = """
 Fine-tuning on Ray: pick a model, pick data, order a job, watch it, get a new model.
@@ -41,7 +41,7 @@ _datasets = typer.Typer(help="Datasets: what jobs train on.", no_args_is_help=Tr
 _datasets.command("list")(assets.list_datasets)
 _datasets.command("show")(assets.show_dataset)
 _datasets.command("register")(assets.register_dataset)
-_datasets.command("audit")(audits.audit_dataset)
+_datasets.command("audit")(audit.audit_dataset)
 app.add_typer(_datasets, name="datasets")
 
 _flavors = typer.Typer(help="Flavors: what one worker of a job gets, and its price.", no_args_is_help=True)
@@ -51,15 +51,15 @@ app.add_typer(_flavors, name="flavors")
 app.command()(assets.hyperparameters)
 
 _jobs = typer.Typer(help="Jobs: order, watch, stop, delete.", no_args_is_help=True)
-_jobs.command()(orders.submit)
-_jobs.command()(orders.render)
+_jobs.command()(submit.submit)
+_jobs.command()(submit.render)
 _jobs.command("list")(jobs.list_jobs)
 _jobs.command()(jobs.show)
 _jobs.command()(jobs.watch)
 _jobs.command()(jobs.events)
 _jobs.command()(jobs.logs)
 _jobs.command()(jobs.metrics)
-_jobs.command("audit")(audits.show_audit)
+_jobs.command("audit")(audit.show_audit)
 _jobs.command()(evaluations.evaluations)
 _jobs.command()(jobs.stop)
 _jobs.command()(jobs.delete)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli import tables
+from tunesmith.cli import rendering
 from tunesmith.cli.session import AsJson, answer, follow_to_end, open_client, output
 from tunesmith.errors import SpecError, nearest
 from tunesmith.hyperparameters import SECTIONS, for_model
 
 if TYPE_CHECKING:
-    from tunesmith.client import Client
-    from tunesmith.views import JobView
+    from tunesmith.api.client import Client
+    from tunesmith.api.views import JobView
 
 Ref = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version: the newest.")]
 OnlyName = Annotated[str | None, typer.Option("--name", help="Only versions of this name.")]
@@ -29,14 +29,14 @@ def list_models(name: OnlyName = None, as_json: AsJson = False) -> None:
     """All models there are."""
     with open_client() as client:
         page = client.models(name=name)
-    answer(page, as_json, lambda: tables.models(page.items))
+    answer(page, as_json, lambda: rendering.models(page.items))
 
 
 def show_model(ref: Ref, as_json: AsJson = False) -> None:
     """One model: where it comes from, and its files."""
     with open_client() as client:
         view = client.model(ref)
-    answer(view, as_json, lambda: tables.asset(view))
+    answer(view, as_json, lambda: rendering.asset(view))
 
 
 def show_dataset_readme(ref: Ref) -> None:
@@ -64,14 +64,14 @@ def list_datasets(name: OnlyName = None, as_json: AsJson = False) -> None:
     """All datasets there are."""
     with open_client() as client:
         page = client.datasets(name=name)
-    answer(page, as_json, lambda: tables.datasets(page.items))
+    answer(page, as_json, lambda: rendering.datasets(page.items))
 
 
 def show_dataset(ref: Ref, as_json: AsJson = False) -> None:
     """One dataset: its columns, and its files."""
     with open_client() as client:
         view = client.dataset(ref)
-    answer(view, as_json, lambda: tables.asset(view))
+    answer(view, as_json, lambda: rendering.asset(view))
 
 
 def register_dataset(name: NewName, source: Source, wait: Wait = True, as_json: AsJson = False) -> None:
@@ -85,7 +85,7 @@ def list_flavors(as_json: AsJson = False) -> None:
     """All flavors there are."""
     with open_client() as client:
         page = client.flavors()
-    answer(page, as_json, lambda: tables.flavors(page.items))
+    answer(page, as_json, lambda: rendering.flavors(page.items))
 
 
 def hyperparameters(
@@ -119,7 +119,7 @@ def hyperparameters(
     console = output()
     for section, known in sections.items():
         console.print(f"{section} (--{'set' if section == 'hyperparameters' else 'advanced'})", style="bold")
-        console.print(tables.hyperparameters(known, chinese=chinese))
+        console.print(rendering.hyperparameters(known, chinese=chinese))
 
 
 def _finish(client: Client, job: JobView, *, wait: bool, as_json: bool) -> None:

@@ -10,12 +10,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli import tables
+from tunesmith.cli import rendering
 from tunesmith.cli.jobs import JobId
 from tunesmith.cli.session import AsJson, answer, open_client
 
 if TYPE_CHECKING:
-    from tunesmith.evaluations import Evaluation
+    from tunesmith.jobs.evaluation_record import Evaluation
 
 _SHORT = 400
 """Characters of a text that are shown."""
@@ -27,9 +27,9 @@ def evaluations(
     as_json: AsJson = False,
 ) -> None:
     """How the model did on the held-out rows: loss and scores by step, and answers beside its base's."""
-    from tunesmith.client import read_on
-    from tunesmith.evaluations import Evaluation
-    from tunesmith.views import Page
+    from tunesmith.api.client import read_on
+    from tunesmith.api.views import Page
+    from tunesmith.jobs.evaluation_record import Evaluation
 
     with open_client() as client:
         made, place = read_on(lambda after: client.evaluations(job_id, after=after))
@@ -44,7 +44,7 @@ def by_step(made: Sequence[Evaluation]) -> Table:
         (each.step, f"{each.loss:.4f}", f"{each.perplexity:.4g}", *(f"{each.scores[name]:.1f}" for name in names))
         for each in made
     )
-    return tables.table(("STEP", "LOSS", "PERPLEXITY", *map(str.upper, names)), rows)
+    return rendering.table(("STEP", "LOSS", "PERPLEXITY", *map(str.upper, names)), rows)
 
 
 def side_by_side(made: Sequence[Evaluation], *, rows: int) -> list[Table]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from tunesmith.cli import tables
+from tunesmith.cli import rendering
 from tunesmith.cli.session import AsJson, answer, follow_to_end, messages, open_client, output
 from tunesmith.errors import NotFoundError
 
@@ -26,7 +26,7 @@ def list_jobs(
     """Jobs, newest first."""
     with open_client() as client:
         page = client.jobs(kind=kind, states=state or (), limit=limit, after=after)
-    answer(page, as_json, lambda: tables.jobs(page.items))
+    answer(page, as_json, lambda: rendering.jobs(page.items))
     if page.next is not None and not as_json:
         messages().print(f"older ones: --after {page.next}")
 
@@ -38,7 +38,7 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
         details: dict[str, Any] = {}
         with suppress(NotFoundError):  # its model may have been deleted
             details = client.model(job.job["model"]).details if job.kind == "train" and not as_json else {}
-    answer(job, as_json, lambda: tables.job(job, details))
+    answer(job, as_json, lambda: rendering.job(job, details))
 
 
 def watch(job_id: JobId, as_json: AsJson = False) -> None:
@@ -49,9 +49,9 @@ def watch(job_id: JobId, as_json: AsJson = False) -> None:
 
 def events(job_id: JobId, follow: Follow = False, as_json: AsJson = False) -> None:
     """Everything that happened to a job, oldest first."""
+    from tunesmith.api.client import read_on
+    from tunesmith.api.views import EventView, Page
     from tunesmith.cli.progress import event_text
-    from tunesmith.client import read_on
-    from tunesmith.views import EventView, Page
 
     console = output()
     with open_client() as client:
@@ -71,8 +71,8 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """What the job printed, all its attempts in turn."""
-    from tunesmith.client import read_on
-    from tunesmith.views import LogView, Page
+    from tunesmith.api.client import read_on
+    from tunesmith.api.views import LogView, Page
 
     with open_client() as client:
         if follow:
@@ -93,17 +93,17 @@ def metrics(
     as_json: AsJson = False,
 ) -> None:
     """What the job measured: a row a step, or with --follow a line a figure."""
-    from tunesmith.attempts import MetricLine
-    from tunesmith.client import read_on
-    from tunesmith.views import Page
+    from tunesmith.api.client import read_on
+    from tunesmith.api.views import Page
+    from tunesmith.jobs.attempts import MetricLine
 
     with open_client() as client:
         if follow:
             for line in client.follow_metrics(job_id, names=name or ()):
-                typer.echo(line.model_dump_json() if as_json else tables.metric_text(line))
+                typer.echo(line.model_dump_json() if as_json else rendering.metric_text(line))
             return
         lines, place = read_on(lambda after: client.metrics(job_id, names=name or (), after=after))
-    answer(Page[MetricLine](items=lines, next=place), as_json, lambda: tables.metrics(lines))
+    answer(Page[MetricLine](items=lines, next=place), as_json, lambda: rendering.metrics(lines))
 
 
 def stop(job_id: JobId, as_json: AsJson = False) -> None:

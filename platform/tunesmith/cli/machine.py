@@ -12,7 +12,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.settings import Settings
 
 if TYPE_CHECKING:
-    from tunesmith.client import Client
+    from tunesmith.api.client import Client
 
 
 def up(
@@ -23,11 +23,11 @@ def up(
     door: Annotated[bool, typer.Option("--door/--no-door", help="Start the front door, or Ray alone.")] = True,
 ) -> None:
     """Start Ray and the front door on this machine, or what of them is missing."""
-    from tunesmith import local
+    from tunesmith.local import local_platform
 
     settings = Settings.from_env()
     with messages().status("starting") as status:
-        started = local.up(
+        started = local_platform.up(
             settings, num_cpus=num_cpus, object_store_memory=object_store_memory, door=door, on_step=status.update
         )
     console = output()
@@ -41,18 +41,18 @@ def up(
 
 def down() -> None:
     """End everything that `up` started, jobs included; they go on when it is up again."""
-    from tunesmith import local
+    from tunesmith.local import local_platform
 
-    ended = local.down(Settings.from_env())
+    ended = local_platform.down(Settings.from_env())
     output().print(f"Tunesmith is down: {ended} processes ended." if ended else "Tunesmith was not running.")
 
 
 def status(as_json: AsJson = False) -> None:
     """What runs, and where."""
-    from tunesmith import local
+    from tunesmith.local import local_platform
 
     settings = Settings.from_env()
-    platform = local.running(settings)
+    platform = local_platform.running(settings)
     with open_client(settings) as client:
         door = {"url": client.url, **_health(client)}
     ray = None if platform is None else {"url": settings.ray_jobs_url, "address": platform.ray_address}

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli import tables
+from tunesmith.cli import rendering
 from tunesmith.cli.session import REFUSED, AsJson, output
 from tunesmith.errors import SpecError
 
@@ -24,8 +24,8 @@ def check_model(
 ) -> None:
     """Say what a registration will say of a folder, as far as it is seen without loading weights. Exit code 2 where
     the model could not be trained."""
-    from tunesmith.model_folder import read_model_folder
-    from tunesmith.training_types import TEXT_TYPES, training_types
+    from tunesmith.assets.model_folder import read_model_folder
+    from tunesmith.assets.training_types import TEXT_TYPES, training_types
 
     if not folder.is_dir():
         raise SpecError(f"{folder} is no folder", hint="give the folder with the model's README.md")
@@ -36,10 +36,10 @@ def check_model(
         answer = {"task_type": found.task_type, "training": types.model_dump(mode="json"), "gallery": gallery}
         typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
     else:
-        rows: list[tuple[str, object]] = [("task type", found.task_type), *tables.training(types, found.gallery)]
+        rows: list[tuple[str, object]] = [("task type", found.task_type), *rendering.training(types, found.gallery)]
         if any(each in TEXT_TYPES for each in types.allowed):
             rows.append(("text training", "if the weights load as a causal language model: registering finds out"))
-        output().print(tables.pairs(rows), soft_wrap=True)
+        output().print(rendering.pairs(rows), soft_wrap=True)
     if types.default is None or (found.gallery is not None and found.gallery.problems):
         raise typer.Exit(REFUSED)
 
@@ -48,7 +48,7 @@ def init_model(folder: Folder) -> None:
     """Write a model that brings its own training, to begin with: a card, and a `gallery_train/` that works."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpecError(f"{folder} is there already, and not an empty folder", hint="give a new folder")
-    with as_file(files("tunesmith").joinpath("templates", "custom_model")) as template:
+    with as_file(files("tunesmith").joinpath("assets", "skeletons", "custom_model")) as template:
         shutil.copytree(template, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     written = "\n".join(f"  {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file())
     name = folder.absolute().name

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from tunesmith.client import Client, read_on
+from tunesmith.api.client import Client, read_on
 from tunesmith.clock import seconds
-from tunesmith.states import FINAL
+from tunesmith.jobs.states import FINAL
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.attempts import MetricLine
-    from tunesmith.views import EventView, JobView
+    from tunesmith.api.views import EventView, JobView
+    from tunesmith.jobs.attempts import MetricLine
 
 _STYLES = {"completed": "bold green", "failed": "bold red", "stopped": "bold yellow"}
 

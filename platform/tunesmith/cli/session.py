@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console, RenderableType
 
-    from tunesmith.client import Client
+    from tunesmith.api.client import Client
 
 FAILED, REFUSED, UNREACHABLE, STOPPED, INTERRUPTED = 1, 2, 3, 4, 130
 _BY_STATE = {"completed": 0, "failed": FAILED, "stopped": STOPPED}
@@ -27,7 +27,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON, and 
 
 def open_client(settings: Settings | None = None) -> Client:
     """A client of the door that the environment names, or of this machine's."""
-    from tunesmith.client import Client
+    from tunesmith.api.client import Client
 
     settings = settings or Settings.from_env()
     url = os.environ.get("TUNESMITH_URL") or settings.door_url

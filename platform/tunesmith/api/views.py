@@ -1,0 +1,122 @@
+"""What the HTTP API answers: shared by the front door, which makes these, and the client, which reads them."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from tunesmith.assets.catalog import File, Table
+from tunesmith.assets.gallery import Gallery
+from tunesmith.assets.training_types import TrainingTypes
+
+T = TypeVar("T")
+
+
+class View(BaseModel):
+    # The docstrings of fields are their descriptions in the OpenAPI document.
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class HealthView(View):
+    """The door answers."""
+
+    status: Literal["ok"] = "ok"
+    version: str
+
+
+class ErrorView(View):
+    """What went wrong: TunesmithError.as_dict and the request it happened in."""
+
+    code: str
+    """For programs."""
+    message: str
+    """What was given, what is allowed."""
+    fields: list[str]
+    """Dotted paths into the request."""
+    hint: str | None
+    """What to do."""
+    request_id: str
+    """As in the header X-Request-Id; the door's log has it too."""
+
+
+class ErrorBody(View):
+    """Every answer that is no success."""
+
+    error: ErrorView
+
+
+class Page(View, Generic[T]):
+    """A part of a list, with the way to the part that follows."""
+
+    items: list[T]
+    next: str | None
+    """Give it as `after` to read on. Lists that end have none at their end; records that grow always have one."""
+
+
+class JobView(View):
+    """A job: where it is, and what it runs with."""
+
+    id: str
+    kind: str
+    """`train` or `register`."""
+    name: str
+    account: str
+    state: str
+    phase: str | None
+    reason: str | None
+    message: str | None
+    attempt: int
+    submission_id: str | None
+    """Ray's id of the newest attempt, as the Ray dashboard shows it."""
+    output_kind: str
+    """`model` or `dataset`."""
+    output: str
+    """`NAME@VERSION` of what the job makes."""
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    job: dict[str, Any]
+    """The resolved spec, `job.json`."""
+
+
+class EventView(View):
+    seq: int
+    time: str
+    attempt: int | None
+    state: str | None
+    phase: str | None
+    reason: str | None
+    message: str | None
+    data: dict[str, Any]
+
+
+class LogView(View):
+    """Some whole lines of one worker's log."""
+
+    attempt: int
+    rank: str
+    """A worker's number, or `driver`."""
+    text: str
+
+
+class AssetView(View):
+    """A version of a model or dataset."""
+
+    kind: str
+    name: str
+    version: int
+    ref: str
+    task_type: str | None
+    base: str | None
+    dataset: str | None
+    job: str
+    created_at: str
+    size_bytes: int
+    files: list[File]
+    tables: dict[str, Table]
+    details: dict[str, Any]
+    training: TrainingTypes | None
+    """For models: how it may be trained."""
+    gallery: Gallery | None
+    """For models: what it brings for its own training."""

@@ -1,0 +1,352 @@
+"""`gallery_train/`: what a model brings for its own training, read and checked (contracts.md, section 4).
+
+Nothing of it is run or imported here.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tunesmith.assets.cards import FILE as CARD
+from tunesmith.assets.cards import Card
+from tunesmith.assets.image_references import parse_image
+from tunesmith.assets.located_json import Located, Place, read_json
+from tunesmith.errors import SpecError, nearest
+from tunesmith.hyperparameters import ADVANCED, Hyperparameter, Value, resolve
+
+FOLDER = "gallery_train"
+TRAIN, PARAMETERS, README, REQUIREMENTS = "train.py", "train_params.json", "dataset_readme.md", "requirements.txt"
+MAX_FILE_BYTES = 1 << 20
+"""Of each of these files: the platform reads them, and shows two of them."""
+MAX_VALUES_BYTES = 100_000
+"""Of all hyperparameters together: `train.py` gets them in one variable, and the system allows 128 KiB."""
+MAX_PROBLEMS = 20
+"""Told at once."""
+
+ADVANCED_NAMES = ("max_retries",)
+"""The settings under `advanced` that mean something to training that is not the platform's own."""
+
+_NAME = re.compile(r"[A-Za-z0-9_]{1,64}", re.ASCII)
+_TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+class Parameter(BaseModel):
+    """One hyperparameter of a method. Keys beyond these are kept, and mean nothing to the platform."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    name: str
+    type: Literal["int", "float", "str", "bool"]
+    required: bool = False
+    """Whether it cannot be left out."""
+    default: int | float | str | bool | None = None
+    """Filled in where none is given; none: one that is not required stays away."""
+    help: str = ""
+
+
+class Method(BaseModel):
+    """One way of training that `train.py` knows."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    name: str
+    hyperparameters: list[Parameter]
+
+
+class Gallery(BaseModel):
+    """What a model says of its own training; it can be used where there are no problems."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    methods: list[Method] = []
+    image_url: str | None = None
+    """The container image of the card's `Train_image_url`, in which training runs."""
+    command_path: str | None = None
+    """What runs in that image: the card's `Train_command_path`."""
+    problems: list[str] = []
+    """What is missing or malformed, each with file, line and key."""
+
+    @property
+    def needed_files(self) -> list[str]:
+        """Files of the model beyond its `gallery_train/` that its training needs."""
+        if self.image_url is None or self.problems:
+            return []
+        command, reference = self.command_path or "/", parse_image(self.image_url)
+        files = [reference.name] if reference.is_in_model else []
+        return files if command.startswith("/") else [*files, command]
+
+    def method(self, name: str | None) -> Method:
+        """The method called `name`, or the only one. SpecError names those there are."""
+        names = [method.name for method in self.methods]
+        if name is None and len(names) == 1:
+            return self.methods[0]
+        if name not in names:
+            given = "which method is not said" if name is None else f"there is no method {name!r}"
+            raise SpecError(
+                f"{given}; the model's {PARAMETERS} has {', '.join(names)}",
+                fields=["method"],
+                hint=nearest(name, names) if name else f"method: {names[0]}",
+                code="unknown_method",
+            )
+        return self.methods[names.index(name)]
+
+
+def read_gallery(folder: Path, card: Card) -> Gallery | None:
+    """What the model in `folder` with this card brings for its own training; None where it says nothing of it."""
+    image_url, command = card.text("Train_image_url"), card.text("Train_command_path")
+    place = folder / FOLDER
+    if not place.is_dir() and not place.is_symlink() and image_url is None and command is None:
+        return None
+    problems = list(_card_problems(folder, card))
+    for name in (PARAMETERS, README) if image_url else (TRAIN, PARAMETERS, README):
+        if not (place / name).exists() and not (place / name).is_symlink():
+            problems.append(f"{FOLDER}/{name} is missing")
+    texts = {}
+    for name in (TRAIN, PARAMETERS, README, REQUIREMENTS):
+        text = _read(place / name, problems, may_be_empty=name == REQUIREMENTS)
+        if text is not None:
+            texts[name] = text
+    problems += _python_problems(texts.get(TRAIN, ""))
+    methods, found = _read_methods(texts[PARAMETERS]) if PARAMETERS in texts else ([], [])
+    problems += found
+    more = len(problems) - MAX_PROBLEMS
+    if more > 0:
+        problems = [*problems[:MAX_PROBLEMS], f"and {more} more"]
+    return Gallery(methods=[] if problems else methods, image_url=image_url, command_path=command, problems=problems)
+
+
+def fill_in(method: Method, given: Mapping[str, Any]) -> dict[str, Value]:
+    """The hyperparameters that `train.py` gets: those given, checked, and the defaults of the others.
+
+    None as a value leaves one out that is not required. SpecError names what is unknown (with the nearest), missing,
+    or of another type.
+    """
+    table = {p.name: p for p in method.hyperparameters}
+    for name in given:
+        if name not in table:
+            raise SpecError(
+                f"method {method.name!r} has no hyperparameter {name!r}",
+                fields=[f"hyperparameters.{name}"],
+                hint=nearest(name, table) or f"it has: {', '.join(table) or 'none'}",
+                code="unknown_hyperparameter",
+            )
+    left_out = {name for name, value in given.items() if value is None and name in table and not table[name].required}
+    known = [_as_hyperparameter(parameter) for parameter in method.hyperparameters]
+    filled = resolve({name: value for name, value in given.items() if name not in left_out}, known)
+    missing = [p.name for p in method.hyperparameters if p.required and filled[p.name] is None]
+    if missing:
+        raise SpecError(
+            f"method {method.name!r} needs {', '.join(missing)}",
+            fields=[f"hyperparameters.{name}" for name in missing],
+            hint="; ".join(f"{name}: {table[name].type}, {table[name].help}".rstrip(", ") for name in missing),
+            code="missing_hyperparameter",
+        )
+    settled: dict[str, Value] = {
+        name: value for name, value in filled.items() if value is not None and name not in left_out
+    }
+    size = len(json.dumps(settled))
+    if size > MAX_VALUES_BYTES:
+        raise SpecError(
+            f"the hyperparameters have {size} bytes as JSON; allowed are {MAX_VALUES_BYTES}",
+            fields=["hyperparameters"],
+            hint="put what is long into a file of the dataset",
+            code="too_large",
+        )
+    return settled
+
+
+def advanced(given: Mapping[str, Any]) -> dict[str, Value]:
+    """The checked `advanced` of training that is not the platform's own. SpecError names what is the recipe's alone."""
+    for name in given:
+        if name not in ADVANCED_NAMES and any(h.name == name for h in ADVANCED):
+            raise SpecError(
+                f"advanced.{name} belongs to the built-in recipe; custom training takes {', '.join(ADVANCED_NAMES)}",
+                fields=[f"advanced.{name}"],
+                hint="what train.py is to know belongs under hyperparameters, and into train_params.json",
+                code="not_for_custom",
+            )
+    return resolve(given, [h for h in ADVANCED if h.name in ADVANCED_NAMES], section="advanced")
+
+
+def _as_hyperparameter(parameter: Parameter) -> Hyperparameter:
+    kind, about = _TYPES[parameter.type], parameter.help or parameter.name
+    default = None if parameter.default is None else kind(parameter.default)
+    return Hyperparameter(parameter.name, kind, default, about, about)
+
+
+def _card_problems(folder: Path, card: Card) -> Iterator[str]:
+    def problem(key: str, sentence: str) -> str:
+        return f"{CARD}:{card.lines.get(key, 1)}: {key} {sentence}"
+
+    for key in ("Train_image_url", "Train_command_path"):
+        value = card.values.get(key)
+        if value is not None and not isinstance(value, str):
+            yield problem(key, f"must be text, got {value!r}")
+    command = card.text("Train_command_path")
+    url = card.text("Train_image_url")
+    if url is None:
+        if command is not None:
+            yield problem("Train_command_path", "is for a Train_image_url, which the card does not name")
+        return
+    if isinstance(card.values["Train_image_url"], str) and (why := _image_problem(folder, url)):
+        yield problem("Train_image_url", why)
+    if command is None:
+        yield f"{CARD}: Train_command_path is missing: what runs in the image of Train_image_url"
+        return
+    if not command.endswith((".py", ".sh")):
+        yield problem("Train_command_path", f"must end in .py or .sh, got {command!r}")
+    elif not command.startswith("/"):
+        # Absolute paths lie in the image, which is not looked into.
+        if ".." in PurePosixPath(command).parts:
+            yield problem("Train_command_path", f"leads out of the model's folder: {command!r}")
+        elif not (folder / command).is_file():
+            yield problem("Train_command_path", f"names no file of the model: {command!r}")
+
+
+def _image_problem(folder: Path, url: str) -> str | None:
+    """What is wrong with the name of an image; the image itself is not looked at."""
+    try:
+        reference = parse_image(url)
+    except SpecError as error:
+        return error.message
+    if reference.is_in_model and not (folder / reference.name).is_file():
+        return f"names no file of the model: {reference.name!r}"
+    return None
+
+
+def _read(path: Path, problems: list[str], *, may_be_empty: bool) -> str | None:
+    """The text of a file, or None with what is wrong with it; a file that is not there is no problem of its own."""
+    name = f"{FOLDER}/{path.name}"
+    if path.is_symlink():
+        problems.append(f"{name} is a link; only files and folders are taken: copy what it points to")
+    elif path.exists() and not path.is_file():
+        problems.append(f"{name} is no file")
+    elif path.exists() and path.stat().st_size > MAX_FILE_BYTES:
+        problems.append(f"{name} has {path.stat().st_size} bytes; allowed are {MAX_FILE_BYTES}")
+    elif path.exists():
+        data = path.read_bytes()
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            problems.append(f"{name}:{line}: not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})")
+            return None
+        if text.strip() or may_be_empty:
+            return text
+        problems.append(f"{name} is empty")
+    return None
+
+
+def _python_problems(text: str) -> list[str]:
+    """What keeps `train.py` from being Python; it is parsed, not run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(text)
+    except SyntaxError as error:
+        return [f"{FOLDER}/{TRAIN}:{error.lineno or 1}: not Python: {error.msg}"]
+    except (ValueError, RecursionError, MemoryError) as error:
+        return [f"{FOLDER}/{TRAIN}: not Python: {error or 'nested too deeply'}"]
+    return []
+
+
+def _read_methods(text: str) -> tuple[list[Method], list[str]]:
+    """The methods in the text of train_params.json, and what is wrong with it."""
+    document = read_json(text)
+    check = _Check(document)
+    if not document.faults or document.value is not None:
+        check.methods(document.value)
+    problems = [f"{FOLDER}/{PARAMETERS}:{line}: {_path(place)}{why}" for place, line, why in sorted(
+        document.faults, key=lambda fault: fault[1])]  # fmt: skip
+    if problems:
+        return [], problems
+    return [Method.model_validate(method) for method in document.value["training_methods"]], []
+
+
+class _Check:
+    """Goes through train_params.json and adds to the document's faults."""
+
+    def __init__(self, document: Located) -> None:
+        self._document = document
+
+    def methods(self, value: Any) -> None:
+        if not isinstance(value, dict) or not isinstance(value.get("training_methods"), list):
+            self._fault(("training_methods",), "must be a list of methods, in an object: "
+                        '{"training_methods": [{"name": …, "hyperparameters": […]}]}')  # fmt: skip
+            return
+        if not value["training_methods"]:
+            self._fault(("training_methods",), "is empty; at least one method is needed")
+        names: set[str] = set()
+        for number, method in enumerate(value["training_methods"]):
+            place = ("training_methods", number)
+            if not isinstance(method, dict):
+                self._fault(place, f"must be an object, got {_short(method)}")
+                continue
+            self._name(method, place, names, "method")
+            self._hyperparameters(method.get("hyperparameters"), (*place, "hyperparameters"))
+
+    def _hyperparameters(self, value: Any, place: Place) -> None:
+        if not isinstance(value, list):
+            self._fault(place, "is missing; it may be []" if value is None else f"must be a list, got {_short(value)}")
+            return
+        names: set[str] = set()
+        for number, parameter in enumerate(value):
+            here = (*place, number)
+            if not isinstance(parameter, dict):
+                self._fault(here, f"must be an object, got {_short(parameter)}")
+                continue
+            self._name(parameter, here, names, "hyperparameter")
+            self._parameter(parameter, here)
+
+    def _parameter(self, parameter: Mapping[str, Any], place: Place) -> None:
+        for key, kind, word in (("required", bool, "true or false"), ("help", str, "text")):
+            if not isinstance(parameter.get(key, kind()), kind):
+                self._fault((*place, key), f"must be {word}, got {_short(parameter[key])}")
+        given, default = parameter.get("type"), parameter.get("default")
+        if not isinstance(given, str) or given not in _TYPES:
+            said = "is missing" if given is None else f"must be {', '.join(_TYPES)}, got {_short(given)}"
+            self._fault((*place, "type"), said)
+        elif default is not None and not _fits(default, given):
+            self._fault((*place, "default"), f"must be of type {given}, got {_short(default)}")
+
+    def _name(self, thing: Mapping[str, Any], place: Place, names: set[str], what: str) -> None:
+        name = thing.get("name")
+        place = (*place, "name")
+        if name is None:
+            self._fault(place, "is missing")
+        elif not isinstance(name, str) or _NAME.fullmatch(name) is None:
+            self._fault(place, f"must be 1 to 64 letters, digits and '_', got {_short(name)}")
+        elif name in names:
+            self._fault(place, f"{name!r} is the name of another {what} already")
+        else:
+            names.add(name)
+
+    def _fault(self, place: Place, why: str) -> None:
+        self._document.faults.append((place, self._document.line(place), why))
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a default is of its type: a bool is no int, an int is a float too, NaN is no number."""
+    if kind == "float" and type(value) is int:
+        value = float(value) if abs(value) < 1 << 1000 else math.inf
+    return type(value) is _TYPES[kind] and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _path(place: Place) -> str:
+    """`training_methods[0].name: `."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return f"{text.removeprefix('.')}: " if place else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"

@@ -1,0 +1,212 @@
+"""What passes between a driver and the rest of the platform: the records of one attempt in the job's folder.
+
+A driver claims its attempt, appends events and metrics, and ends with one result. Whoever must be sure that a driver is
+gone (the reconciler) fences the attempt: it takes the claim, or the result, before the driver can.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tunesmith.clock import utc_text
+from tunesmith.errors import NotFoundError, TunesmithError
+from tunesmith.storage import layout
+from tunesmith.storage.base import Storage
+from tunesmith.storage.segments import SegmentWriter, read_segments
+
+
+class Claim(BaseModel):
+    """`claim`: who runs an attempt."""
+
+    model_config = ConfigDict(frozen=True)
+
+    submission_id: str | None
+    """Ray's id of the driver's job; None where Ray does not know the driver as a job."""
+    host: str
+    pid: int
+    time: str
+
+
+class Result(BaseModel):
+    """`result.json`: how an attempt ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    outcome: Literal["completed", "failed", "stopped", "lost"]
+    """`lost` is written for a driver that is gone without a result of its own."""
+    reason: str | None = None
+    """One of states.REASONS; None for `completed`."""
+    message: str | None = None
+    error: dict[str, Any] | None = None
+    """`failed`: the error (TunesmithError.as_dict)."""
+    time: str
+    summary: dict[str, Any] = {}
+    """Steps done, held-out losses and the like."""
+
+
+class EventLine(BaseModel):
+    """One line of an attempt's events: a change of the job's status as its driver tells it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    time: str
+    state: str | None = None
+    phase: str | None = None
+    reason: str | None = None
+    message: str | None = None
+    data: dict[str, Any] = {}
+
+
+class MetricLine(BaseModel):
+    """One line of an attempt's metrics (contracts.md, section 7)."""
+
+    # JSON has no NaN: a loss that is none is written as the text "NaN", and read as a number again.
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    time: str
+    attempt: int
+    step: int
+    rank: int | None
+    """The worker it was measured on; None for the whole job."""
+    name: str
+    value: float
+
+
+class Checkpoint(BaseModel):
+    """A whole checkpoint, found by its manifest."""
+
+    model_config = ConfigDict(frozen=True)
+
+    attempt: int
+    step: int
+    key: str
+    """Its prefix in storage."""
+
+
+class EventWriter:
+    """Appends events of one attempt. One writer an attempt; a context manager."""
+
+    def __init__(self, storage: Storage, job_id: str, attempt: int, *, segment_s: float = 5.0) -> None:
+        self._segments = SegmentWriter(storage, layout.events(job_id, attempt), max_age_s=segment_s)
+
+    def write(
+        self,
+        message: str | None = None,
+        *,
+        state: str | None = None,
+        phase: str | None = None,
+        reason: str | None = None,
+        **data: Any,
+    ) -> None:
+        self.append(EventLine(time=utc_text(), state=state, phase=phase, reason=reason, message=message, data=data))
+
+    def append(self, line: EventLine) -> None:
+        """An event that happened at its own time, elsewhere."""
+        self._segments.write(line.model_dump_json().encode() + b"\n")
+
+    def flush(self) -> None:
+        self._segments.flush()
+
+    def close(self) -> None:
+        self._segments.close()
+
+    def __enter__(self) -> EventWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def claim(storage: Storage, job_id: str, attempt: int, claimed_by: Claim) -> bool:
+    """Take the attempt; False where it was taken before."""
+    return storage.put_if_absent(layout.claim(job_id, attempt), claimed_by.model_dump_json().encode())
+
+
+def read_claim(storage: Storage, job_id: str, attempt: int) -> Claim | None:
+    text = _get(storage, layout.claim(job_id, attempt))
+    return None if text is None else Claim.model_validate_json(text)
+
+
+def finish(storage: Storage, job_id: str, attempt: int, result: Result) -> Result:
+    """Write the attempt's result once; the one that counts, which another may have written before."""
+    storage.put_if_absent(layout.result(job_id, attempt), result.model_dump_json(indent=2).encode())
+    return Result.model_validate_json(storage.get(layout.result(job_id, attempt)))
+
+
+def read_result(storage: Storage, job_id: str, attempt: int) -> Result | None:
+    text = _get(storage, layout.result(job_id, attempt))
+    return None if text is None else Result.model_validate_json(text)
+
+
+def fence(storage: Storage, job_id: str, attempt: int, *, by: Claim, message: str) -> Result:
+    """Make sure that no driver of the attempt works from now on; how the attempt ended.
+
+    The driver's own result stands where it wrote one; else the attempt is `lost`.
+    """
+    claim(storage, job_id, attempt, by)
+    return finish(
+        storage, job_id, attempt, Result(outcome="lost", reason="worker_lost", message=message, time=utc_text())
+    )
+
+
+def failure(error: BaseException) -> Result:
+    """The result of an attempt that ended with `error`."""
+    if isinstance(error, TunesmithError):
+        message = f"{error.message}; {error.hint}" if error.hint else error.message
+        return Result(outcome="failed", reason=error.reason, message=message, error=error.as_dict(), time=utc_text())
+    message = f"{type(error).__name__}: {error}"
+    return Result(outcome="failed", reason="platform_error", message=message, time=utc_text())
+
+
+def retry_pause_s(retry: int) -> float:
+    """Seconds before the `retry`-th try after a loss, from 1: none, then growing ones, at most a minute."""
+    return float(min(60, 2 ** min(retry - 1, 6) - 1))
+
+
+def request_stop(storage: Storage, job_id: str, reason: str = "stopped_by_user") -> None:
+    """Leave the stop object, at which the job's driver looks on step borders. The first one stands."""
+    storage.put_if_absent(layout.stop(job_id), json.dumps({"time": utc_text(), "reason": reason}).encode())
+
+
+def read_events(storage: Storage, job_id: str, attempt: int) -> list[EventLine]:
+    """All events of an attempt so far, oldest first."""
+    return [EventLine.model_validate_json(line) for line in _lines(storage, layout.events(job_id, attempt))]
+
+
+def metric_lines(data: bytes) -> Iterator[MetricLine]:
+    """The metrics in one segment."""
+    for line in data.splitlines():
+        yield MetricLine.model_validate_json(line)
+
+
+def checkpoints(storage: Storage, job_id: str) -> list[Checkpoint]:
+    """All whole checkpoints of a job over its attempts, oldest first (by step, then attempt)."""
+    found = []
+    for attempt in _numbers(storage.children(f"{layout.job(job_id)}/attempts")):
+        prefix = layout.checkpoints(job_id, attempt)
+        for entry in storage.entries(prefix):
+            step, _, name = entry.key.removeprefix(f"{prefix}/").partition("/")
+            if name == "manifest.json" and step.isdecimal():
+                key = layout.checkpoint(job_id, attempt, int(step))
+                found.append(Checkpoint(attempt=attempt, step=int(step), key=key))
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt))
+
+
+def _lines(storage: Storage, prefix: str) -> Iterator[bytes]:
+    for segment in read_segments(storage, prefix):
+        yield from segment.data.splitlines()
+
+
+def _numbers(names: Iterable[str]) -> list[int]:
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _get(storage: Storage, key: str) -> bytes | None:
+    try:
+        return storage.get(key)
+    except NotFoundError:
+        return None

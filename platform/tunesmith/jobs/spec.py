@@ -1,0 +1,163 @@
+"""What a user asks for (a spec) and what a job runs with (a job: the spec with every default filled in)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
+
+from tunesmith.assets.training_types import CUSTOM
+from tunesmith.errors import SpecError, nearest
+from tunesmith.frozen import Frozen
+from tunesmith.hyperparameters import ADVANCED, GUIDE, json_schema
+
+SCHEMA_VERSION = 1
+
+
+# A custom model has names of its own.
+_HYPERPARAMETERS = {**json_schema(GUIDE), "additionalProperties": True}
+
+
+class TrainSpec(Frozen):
+    """An order for a training run (contracts.md, section 9)."""
+
+    kind: Literal["train"] = "train"
+    name: str | None = None
+    """What the user calls the job; default: the output model's name."""
+    model: str
+    dataset: str
+    training_type: str | None = None
+    """`text-question-answering`, `text-generation` or `custom`; default: the model's."""
+    method: str | None = None
+    """Default: `LoRA`; with `custom`, the only method in the model's `train_params.json`."""
+    hyperparameters: Annotated[dict[str, Any], WithJsonSchema(_HYPERPARAMETERS)] = Field(default={})
+    """Those of the text recipe; with `custom`, those of the method."""
+    advanced: Annotated[dict[str, Any], WithJsonSchema(json_schema(ADVANCED))] = Field(default={})
+    flavor: str
+    cards: int = Field(default=1, ge=1, le=1024)
+    output_model: str
+    priority: int = Field(default=0, ge=-100, le=100)
+    max_run_time_s: int | None = Field(default=None, ge=1)
+
+
+class RegisterSpec(Frozen):
+    """A request to take files from `source` in as a new version of a model or dataset."""
+
+    kind: Literal["register"] = "register"
+    asset: Literal["model", "dataset"]
+    name: str
+    source: str
+    """A folder, a file, or an `s3://` or `obs://` prefix that the cluster can read."""
+    task_type: str | None = None
+    """For models: default is what the card's front matter says (`task_type`)."""
+
+
+Spec = Annotated[TrainSpec | RegisterSpec, Field(discriminator="kind")]
+
+
+class TrainJob(Frozen):
+    """`job.json` of a training run: everything the driver needs, never a secret."""
+
+    schema_version: Literal[1] = 1
+    id: str
+    account: str
+    kind: Literal["train"] = "train"
+    name: str
+    model: str
+    """`NAME@VERSION`, the version always given."""
+    dataset: str
+    training_type: str
+    method: str = "LoRA"
+    hyperparameters: dict[str, Any]
+    """Of a custom job: what `train.py` gets."""
+    advanced: dict[str, Any]
+    flavor: str
+    cards: int
+    resources: dict[str, float]
+    """Ray resources of one worker; the job has `cards` workers."""
+    output_model: str
+    """`NAME@VERSION` of the new model."""
+    priority: int = 0
+    max_run_time_s: int | None = None
+    model_url: str
+    """Prefix of the base model, which holds `files/` and `manifest.json`; likewise the next two."""
+    dataset_url: str
+    output_url: str
+    job_url: str
+    """Prefix of the job."""
+    created_at: str
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the model's own `train.py` trains it."""
+        return self.training_type == CUSTOM
+
+
+class RegisterJob(Frozen):
+    """`job.json` of a registration: copy, check, and publish as `output`."""
+
+    schema_version: Literal[1] = 1
+    id: str
+    account: str
+    kind: Literal["register"] = "register"
+    name: str
+    asset: Literal["model", "dataset"]
+    source: str
+    task_type: str | None = None
+    output: str
+    """`NAME@VERSION` of the new model or dataset."""
+    output_url: str
+    job_url: str
+    created_at: str
+
+
+Job = Annotated[TrainJob | RegisterJob, Field(discriminator="kind")]
+
+_SPEC: TypeAdapter[TrainSpec | RegisterSpec] = TypeAdapter(Spec)
+_JOB: TypeAdapter[TrainJob | RegisterJob] = TypeAdapter(Job)
+
+
+def parse_spec(data: Any) -> TrainSpec | RegisterSpec:
+    """A spec from decoded JSON or YAML; SpecError names every field at fault."""
+    if isinstance(data, dict) and "kind" not in data:
+        data = {"kind": "train", **data}
+    try:
+        return _SPEC.validate_python(data)
+    except ValidationError as error:
+        raise spec_error(error) from None
+
+
+def parse_job(text: str | bytes) -> TrainJob | RegisterJob:
+    """A job from the text of its `job.json`; SpecError says what is wrong with it."""
+    try:
+        return _JOB.validate_json(text)
+    except ValidationError as error:
+        raise spec_error(error) from None
+
+
+def spec_error(error: ValidationError) -> SpecError:
+    """One SpecError out of pydantic's list: each field, what was given, what is allowed."""
+    return refusal(error.errors(include_url=False))
+
+
+def refusal(items: Iterable[Mapping[str, Any]]) -> SpecError:
+    """As spec_error, from the list itself: FastAPI has one of its own."""
+    fields, sentences, hint = [], [], None
+    for item in items:
+        path = ".".join(str(part) for part in item["loc"] if part not in ("train", "register", "body"))
+        fields.append(path)
+        if item["type"] == "extra_forbidden":
+            known = [*TrainSpec.model_fields, *RegisterSpec.model_fields]
+            hint = hint or nearest(path, known)
+            sentences.append(f"there is no field {path!r}")
+        elif item["type"] == "missing":
+            sentences.append(f"{path} is missing")
+        else:
+            sentences.append(f"{path or 'the document'}: {item['msg']}, got {_short(item['input'])}")
+    return SpecError("; ".join(sentences), fields=fields, hint=hint)
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,350 @@
+"""The local platform: `up` starts Ray and the front door on this machine, `down` ends exactly what `up` started.
+
+Everything listens on loopback (but one port of each Serve replica, whose address Serve does not let one choose) and
+asks for a token. `home/platform.json` says what runs; logs are `home/ray.log` and `home/door.log`. Several platforms
+live side by side when their homes and ports differ.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from tunesmith import processes
+from tunesmith.clock import utc_text
+from tunesmith.errors import ConflictError, SpecError, UnavailableError
+from tunesmith.local import ports
+from tunesmith.settings import Settings
+
+MARK = "TUNESMITH_PLATFORM"
+"""Variable that every process of a platform carries, with the platform's mark."""
+
+
+class Platform(BaseModel):
+    """`platform.json`: a local platform that was started."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int
+    """The process `ray start`, from which all others come."""
+    created: float
+    """When that process was created, seconds since the epoch: tells it from a later one with its pid."""
+    mark: str
+    ray_address: str
+    temp_dir: str
+    settings: dict[str, str]
+    started_at: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a call of `up` came to."""
+
+    platform: Platform
+    ray: bool
+    """Whether this call started it; likewise the next."""
+    door: bool
+
+
+def up(
+    settings: Settings,
+    *,
+    num_cpus: int | None = None,
+    object_store_memory: int | None = None,
+    door: bool = True,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Started:
+    """Start Ray and the front door, or what of the two is missing; returns when both answer.
+
+    `object_store_memory` in bytes; None leaves it and `num_cpus` to Ray. `door=False` starts Ray alone. Raises
+    UnavailableError with the last lines of the log when one does not come up (then what this call started is ended
+    again), SpecError for a port in use, ConflictError when it runs with other settings.
+    """
+    with _locked(settings), ExitStack() as undo:
+        platform = running(settings)
+        fresh = platform is None
+        if platform is None:
+            _end_leftovers(settings)
+            _check_ports(settings, door=door)
+            prepare(settings)
+            on_step("starting Ray")
+            platform = _start_ray(settings, num_cpus, object_store_memory)
+            undo.callback(_end, settings, platform)
+            _wait_for_ray(settings, platform)
+        _check_settings(settings, platform)
+        missing = door and not door_answers(settings)
+        if missing:
+            on_step("starting the front door")
+            _start_door(settings, platform)
+        undo.pop_all()
+        return Started(platform, ray=fresh, door=missing)
+
+
+def down(settings: Settings) -> int:
+    """Kill everything that `up` started; how many processes that were. 0: nothing ran.
+
+    Nothing of it needs a farewell: records and storage bear the end of their writers at any line, and jobs that ran go
+    on from their last checkpoint at the next `up`.
+    """
+    if not settings.home.exists():
+        return 0
+    with _locked(settings):
+        platform = _read(settings)
+        return 0 if platform is None else _end(settings, platform)
+
+
+def running(settings: Settings) -> Platform | None:
+    """The platform of these settings, if its Ray lives."""
+    platform = _read(settings)
+    return platform if platform and processes.find(platform.pid, platform.created) else None
+
+
+def processes_of(platform: Platform) -> list[psutil.Process]:
+    """All of the platform's living processes."""
+    return processes.members(processes.find(platform.pid, platform.created), MARK, platform.mark)
+
+
+def door_answers(settings: Settings) -> bool:
+    """Whether the door that listens on the settings' port is this platform's and works."""
+    return _answers(f"{settings.door_url}/v1/flavors", settings.api_token_path) is not None
+
+
+def prepare(settings: Settings) -> None:
+    """Make what a platform needs before its first start: home, tokens, the record store's schema. Again: no change.
+
+    Raises StorageError or SpecError when the storage cannot be read: Ray Serve would say so only in a log of its own.
+    """
+    from tunesmith.records.store import RecordStore
+    from tunesmith.storage.urls import open_storage
+
+    settings.home.mkdir(parents=True, exist_ok=True)
+    settings.home.chmod(0o700)
+    for path in (settings.api_token_path, settings.ray_token_path):
+        with suppress(FileExistsError):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(file, "w") as out:
+                out.write(secrets.token_hex(32))
+    RecordStore(settings.database_url).migrate()
+    open_storage(settings.storage_url, settings).children("jobs")
+
+
+def token_environment(settings: Settings) -> dict[str, str]:
+    """What a process needs in its environment to be let in by this platform's Ray."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(settings.ray_token_path)}
+
+
+def ray_environment(settings: Settings) -> dict[str, str]:
+    """What a process needs for `ray.init` with this platform's address."""
+    # Without the second Ray turns 127.0.0.1 into the machine's outer address, and listens or asks there.
+    return token_environment(settings) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def _start_ray(settings: Settings, num_cpus: int | None, object_store_memory: int | None) -> Platform:
+    temp_dir = _make_temp_dir(settings)
+    mark = secrets.token_hex(16)
+    client_port, monitor_port, dashboard_port = ports.free(3)
+    environment = _environment(settings, mark) | {
+        "AUTOSCALER_METRIC_PORT": str(monitor_port),
+        "DASHBOARD_METRIC_PORT": str(dashboard_port),
+    }
+    options: dict[str, object] = {
+        "port": settings.ray_port,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": settings.ray_dashboard_port,
+        "node-ip-address": "127.0.0.1",
+        "temp-dir": temp_dir,
+        "ray-client-server-port": client_port,
+    }
+    # Port 0: the process that listens takes a free one itself.
+    options |= dict.fromkeys(("node-manager-port", "object-manager-port", "min-worker-port", "max-worker-port"), 0)
+    options |= dict.fromkeys(("dashboard-agent-listen-port", "dashboard-agent-grpc-port"), 0)
+    options |= dict.fromkeys(("runtime-env-agent-port", "metrics-export-port"), 0)
+    if num_cpus is not None:
+        options["num-cpus"] = num_cpus
+    if object_store_memory is not None:
+        options["object-store-memory"] = object_store_memory
+    options["resources"] = _find_podman(environment)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    with (settings.home / "ray.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+    platform = Platform(
+        pid=process.pid,
+        created=psutil.Process(process.pid).create_time(),
+        mark=mark,
+        ray_address=f"127.0.0.1:{settings.ray_port}",
+        temp_dir=str(temp_dir),
+        settings=settings.to_env(),
+        started_at=utc_text(),
+    )
+    _write(settings, platform)
+    return platform
+
+
+def _find_podman(environment: Mapping[str, str]) -> str:
+    """Ray's resources, as JSON, by which a node says that podman works there."""
+    if shutil.which("podman") is None:
+        return "{}"
+    command = [sys.executable, "-m", "trainers.programs.images"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else "{}"
+
+
+def _start_door(settings: Settings, platform: Platform) -> None:
+    log = settings.home / "door.log"
+    command = [sys.executable, "-m", "serve_app", "--address", platform.ray_address]
+    with log.open("wb") as out:
+        try:
+            code = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=180, check=False,
+                env=_environment(settings, platform.mark),
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = None
+    if code != 0:
+        how = "did not end within 180 s" if code is None else f"ended with code {code}"
+        raise UnavailableError(f"the front door did not start: {' '.join(command[1:])} {how}", hint=_tail(log))
+    deadline = time.monotonic() + 60
+    while not door_answers(settings):
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"the front door does not answer at {settings.door_url}", hint=_tail(log))
+        time.sleep(0.1)
+
+
+def _wait_for_ray(settings: Settings, platform: Platform, *, limit_s: float = 120.0) -> None:
+    """Until the Jobs API answers and the node is registered."""
+    log = settings.home / "ray.log"
+    deadline = time.monotonic() + limit_s
+    while True:
+        nodes = _answers(f"{settings.ray_jobs_url}/api/v0/nodes", settings.ray_token_path)
+        if nodes is not None and "ALIVE" in nodes.text:
+            return
+        if processes.find(platform.pid, platform.created) is None:
+            raise UnavailableError("Ray ended while it was starting", hint=_tail(log))
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"Ray did not come up within {limit_s:.0f} s", hint=_tail(log))
+        time.sleep(0.1)
+
+
+def _answers(url: str, token_path: Path) -> httpx.Response | None:
+    """The answer 200 to a GET with the token in that file, or None."""
+    try:
+        headers = {"Authorization": f"Bearer {token_path.read_text().strip()}"}
+        response = httpx.get(url, headers=headers, timeout=5, trust_env=False)
+    except (httpx.HTTPError, FileNotFoundError):
+        return None
+    return response if response.status_code == 200 else None
+
+
+def _environment(settings: Settings, mark: str) -> dict[str, str]:
+    """Environment of all that is started: this process's, the settings, Ray's token, the mark."""
+    environment = {
+        name: value for name, value in os.environ.items() if name != "RAY_ADDRESS" and not name.startswith("TUNESMITH_")
+    }
+    # The interpreter's own programs first: a job's `python` is looked up on the PATH that Ray was started with.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    return environment | settings.to_env() | ray_environment(settings) | {
+        "PATH": path,
+        MARK: mark,
+    }  # fmt: skip
+
+
+def _make_temp_dir(settings: Settings) -> Path:
+    """Ray's own folder, at a short path of this home's own: a Unix socket's path has at most 107 characters."""
+    if len(settings.ray_temp_dir) > 30:
+        raise SpecError(f"TUNESMITH_RAY_TEMP_DIR has at most 30 characters, got {settings.ray_temp_dir!r}")
+    path = Path(settings.ray_temp_dir) / f"ts-{sha256(str(settings.home).encode()).hexdigest()[:8]}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.is_symlink() or path.stat().st_uid != os.getuid():
+        raise SpecError(f"{path} belongs to somebody else", hint="choose another folder by TUNESMITH_RAY_TEMP_DIR")
+    return path
+
+
+def _check_ports(settings: Settings, *, door: bool) -> None:
+    """SpecError unless all ports of the settings can be had."""
+    wanted = [("127.0.0.1", "ray_port"), ("127.0.0.1", "ray_dashboard_port")]
+    for host, name in wanted + [(settings.host, "port")] * door:
+        port = getattr(settings, name)
+        why = ports.obstacle(host, port)
+        if why is not None:
+            raise SpecError(
+                f"port {port} of {host} cannot be had: {why}",
+                fields=[name],
+                hint=f"end what uses it, or set TUNESMITH_{name.upper()} to another port",
+                code="port_in_use",
+            )
+
+
+def _check_settings(settings: Settings, platform: Platform) -> None:
+    now = settings.to_env()
+    changed = sorted(name for name in now | platform.settings if now.get(name) != platform.settings.get(name))
+    if changed:
+        raise ConflictError(
+            f"the platform runs with other settings: {', '.join(changed)}",
+            hint="`tunesmith down` ends it; `tunesmith up` starts it with the new ones",
+        )
+
+
+def _end_leftovers(settings: Settings) -> None:
+    """What a platform left whose Ray was killed."""
+    platform = _read(settings)
+    if platform is not None:
+        _end(settings, platform)
+
+
+def _end(settings: Settings, platform: Platform) -> int:
+    root = processes.find(platform.pid, platform.created)
+    ended = processes.end(root, MARK, platform.mark)
+    left = processes_of(platform)
+    if left:
+        raise UnavailableError(f"processes that could not be ended: {', '.join(str(process.pid) for process in left)}")
+    shutil.rmtree(platform.temp_dir, ignore_errors=True)
+    _state_file(settings).unlink(missing_ok=True)
+    return len(ended)
+
+
+def _state_file(settings: Settings) -> Path:
+    return settings.home / "platform.json"
+
+
+def _read(settings: Settings) -> Platform | None:
+    try:
+        return Platform.model_validate_json(_state_file(settings).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _write(settings: Settings, platform: Platform) -> None:
+    partial = settings.home / ".platform.json.partial"
+    partial.write_text(platform.model_dump_json(indent=2) + "\n")
+    partial.replace(_state_file(settings))
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    text = log.read_text(errors="replace").rstrip()
+    return f"the end of {log}:\n" + "\n".join(text.splitlines()[-lines:])
+
+
+@contextmanager
+def _locked(settings: Settings) -> Iterator[None]:
+    """One `up` or `down` of a home at a time."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with (settings.home / "platform.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

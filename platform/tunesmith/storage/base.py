@@ -1,0 +1,111 @@
+"""The one way to files: a plain folder, or a bucket of an S3 service, behind the same few calls."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.errors import DataError, NotFoundError, SpecError
+
+PARTIAL = ".partial-"
+"""Files of this prefix are writes that have not ended; no listing shows them."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored object."""
+
+    key: str
+    size_bytes: int
+
+
+class Storage(ABC):
+    """Objects by key under one root. Keys are relative, parted by `/`, and never leave the root (SpecError).
+
+    A write is durable when the call returns and is seen whole or not at all. Errors: NotFoundError where there is no
+    such object, StorageError when the service does not answer after the client's own retries.
+    """
+
+    url: str
+    """The root, without a slash at its end."""
+
+    @abstractmethod
+    def get(self, key: str) -> bytes: ...
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None: ...
+
+    @abstractmethod
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write `data` unless `key` exists; whether this call wrote it. Atomic among all writers."""
+
+    @abstractmethod
+    def exists(self, key: str) -> bool: ...
+
+    @abstractmethod
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        """All objects below the folder `prefix`, sorted by key."""
+
+    @abstractmethod
+    def children(self, prefix: str = "") -> list[str]:
+        """Names of the immediate subfolders of the folder `prefix`, sorted.
+
+        Some S3 services go on naming a folder after its last object was deleted.
+        """
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Delete one object; one that is not there is no error."""
+
+    @abstractmethod
+    def delete_folder(self, prefix: str) -> None:
+        """Delete all objects below the folder `prefix`."""
+
+    @abstractmethod
+    def upload_file(self, path: Path, key: str) -> None:
+        """Copy a local file in, streaming."""
+
+    @abstractmethod
+    def download_file(self, key: str, path: Path) -> None:
+        """Copy an object out to a local file, streaming; its folder is made."""
+
+    @abstractmethod
+    def local_path(self, key: str) -> Path | None:
+        """Where `key` (an object or a folder) lies on this machine's disk, or None where it does not."""
+
+    def upload_folder(self, folder: Path, prefix: str) -> list[Entry]:
+        """Copy all files of a local folder to below `prefix`; links are refused (DataError)."""
+        paths = sorted(folder.rglob("*"))
+        links = [path for path in (folder, *paths) if path.is_symlink()]
+        if links:
+            raise DataError(f"{links[0]} is a link; only files and folders are taken", hint="copy what it points to")
+        stored = []
+        for path in paths:
+            if path.is_file():
+                key = f"{prefix}/{path.relative_to(folder).as_posix()}"
+                self.upload_file(path, key)
+                stored.append(Entry(key, path.stat().st_size))
+        return stored
+
+    def download_folder(self, prefix: str, folder: Path) -> None:
+        """Copy all objects below `prefix` into a local folder."""
+        for entry in self.entries(prefix):
+            self.download_file(entry.key, folder / entry.key.removeprefix(f"{prefix}/"))
+
+
+def _checked(key: str) -> str:
+    if not key or "\0" in key or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise _escape(key)
+    if any(part.startswith(PARTIAL) for part in key.split("/")):
+        raise SpecError(f"no part of a key may start with {PARTIAL!r}, got {key!r}", code="invalid_key")
+    return key
+
+
+def _escape(key: str) -> SpecError:
+    return SpecError(f"a key is a relative path without empty parts, '.' and '..', got {key!r}", code="invalid_key")
+
+
+def _missing(key: str) -> NotFoundError:
+    return NotFoundError(f"there is no object {key!r}", code="unknown_object")

@@ -1,0 +1,139 @@
+"""A storage that is a bucket of an S3 service, or a prefix of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import NotFoundError, SpecError, StorageError
+from tunesmith.settings import Settings
+from tunesmith.storage.base import Entry, Storage, _checked, _missing
+from tunesmith.storage.folder import _make_folder
+
+ONE_REQUEST_BYTES = 32 << 20
+"""Files up to this size go to S3 whole: boto3's transfer of parts takes several times the processor's time."""
+
+
+class S3Storage(Storage):
+    """A bucket, or a prefix of one, by boto3. Keys of access come from boto3's own chain."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        import boto3
+        from botocore.config import Config
+
+        self.url = url.rstrip("/")
+        self.bucket, _, self._root = self.url.partition("://")[2].partition("/")
+        if not self.bucket:
+            raise SpecError(f"a bucket's URL is s3://BUCKET or s3://BUCKET/PREFIX, got {url!r}")
+        config: Any = Config(
+            s3={"addressing_style": settings.s3_addressing_style},
+            request_checksum_calculation=settings.s3_checksums,
+            response_checksum_validation="when_required",
+            retries={"mode": "standard", "max_attempts": 4},
+            connect_timeout=5,
+            read_timeout=60,
+            max_pool_connections=32,
+        )
+        self._client: Any = boto3.session.Session().client(
+            "s3", endpoint_url=settings.s3_endpoint, region_name=settings.s3_region, config=config
+        )
+
+    def get(self, key: str) -> bytes:
+        with self._errors(key):
+            data: bytes = self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+        return data
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        from botocore.exceptions import ClientError
+
+        with self._errors(key):
+            try:
+                self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if _status(error) not in (409, 412):
+                    raise
+                # The client's own retry of a write that went through meets that write.
+                return self.get(key) == data and _was_retried(error)
+        return True
+
+    def exists(self, key: str) -> bool:
+        try:
+            with self._errors(key):
+                self._client.head_object(Bucket=self.bucket, Key=self._key(key))
+        except NotFoundError:
+            return False
+        return True
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        with self._errors(prefix):
+            for page in self._pages(prefix):
+                for item in page.get("Contents", []):
+                    yield Entry(item["Key"].removeprefix(f"{self._root}/" if self._root else ""), item["Size"])
+
+    def children(self, prefix: str = "") -> list[str]:
+        with self._errors(prefix):
+            pages = list(self._pages(prefix, Delimiter="/"))
+        return sorted(
+            item["Prefix"].rstrip("/").rpartition("/")[2] for p in pages for item in p.get("CommonPrefixes", [])
+        )
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def delete_folder(self, prefix: str) -> None:
+        for entry in list(self.entries(_checked(prefix))):
+            self.delete(entry.key)
+
+    def upload_file(self, path: Path, key: str) -> None:
+        if path.stat().st_size <= ONE_REQUEST_BYTES:
+            self.put(key, path.read_bytes())
+            return
+        with self._errors(key):
+            self._client.upload_file(str(path), self.bucket, self._key(key))
+
+    def download_file(self, key: str, path: Path) -> None:
+        _make_folder(path)
+        with self._errors(key):
+            self._client.download_file(self.bucket, self._key(key), str(path))
+
+    def local_path(self, key: str) -> Path | None:
+        _checked(key)
+        return None
+
+    def _key(self, key: str) -> str:
+        return f"{self._root}/{_checked(key)}" if self._root else _checked(key)
+
+    def _pages(self, prefix: str, **options: Any) -> Iterator[Any]:
+        folder = f"{self._key(prefix)}/" if prefix else (f"{self._root}/" if self._root else "")
+        paginator = self._client.get_paginator("list_objects_v2")
+        return iter(paginator.paginate(Bucket=self.bucket, Prefix=folder, **options))
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            if code in ("404", "NoSuchKey", "NotFound"):
+                raise _missing(key) from error
+            raise StorageError(f"{self.url} refused {key!r}: {code} {error}") from error
+        except (BotoCoreError, Boto3Error) as error:
+            raise StorageError(f"{self.url} does not answer for {key!r}: {error}") from error
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _was_retried(error: Any) -> bool:
+    return int(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)) > 0

@@ -1,0 +1,29 @@
+"""Storages by their URLs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.errors import SpecError
+from tunesmith.settings import Settings
+from tunesmith.storage.base import Storage
+from tunesmith.storage.folder import FolderStorage
+from tunesmith.storage.patience import PatientStorage
+from tunesmith.storage.s3 import S3Storage
+
+
+def open_storage(url: str, settings: Settings) -> Storage:
+    """The storage rooted at `url`: a path, `file://`, `s3://bucket/prefix` or `obs://bucket/prefix`."""
+    scheme, parted, rest = url.partition("://")
+    if not parted:
+        return FolderStorage(Path(url))
+    if scheme == "file":
+        return FolderStorage(Path(rest))
+    if scheme in ("s3", "obs"):
+        return S3Storage(url, settings)
+    raise SpecError(f"storage is a folder, file://, s3:// or obs://, got {url!r}")
+
+
+def open_patiently(url: str, settings: Settings) -> PatientStorage:
+    """The storage rooted at `url`, waited for as long as the settings say."""
+    return PatientStorage(open_storage(url, settings), patience_s=settings.storage_patience_s)

@@ -1,0 +1,101 @@
+"""From a request to an acknowledged job: checked, recorded with its idempotency key in one transaction, answered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from typing import Any
+
+from serve_app.door import Door
+from serve_app.views import job_view
+from tunesmith.clock import utc_text
+from tunesmith.errors import SpecError
+from tunesmith.jobs.drafting import draft, new_job_id
+from tunesmith.jobs.spec import RegisterJob, RegisterSpec, TrainJob, TrainSpec
+from tunesmith.records.store import Insertion
+
+
+def place(door: Door, spec: TrainSpec | RegisterSpec, *, key: str | None) -> Insertion:
+    """Record a job for `spec`, or find the one that `key` was used for before. Refused: nothing is left behind."""
+    body_hash = hashlib.sha256(_canonical(spec)).hexdigest()
+    if key is not None:
+        _check_key(key)
+        # Before the checks: what was ordered may be gone, and still the answer is the same.
+        first = door.store.first_answer(door.settings.account, idempotency_key=key, body_hash=body_hash)
+        if first is not None:
+            return first
+    return door.store.insert(
+        plan(door, spec),
+        respond=lambda record: job_view(record).model_dump(mode="json"),
+        idempotency_key=key,
+        body_hash=body_hash,
+    )
+
+
+def plan(door: Door, spec: TrainSpec | RegisterSpec) -> TrainJob | RegisterJob:
+    """The job that `spec` would become; SpecError or DataError says what is wrong with it."""
+    _canonical(spec)  # refuses what could not be stored
+    if isinstance(spec, RegisterSpec):
+        spec = spec.model_copy(update={"source": check_source(spec.source, door.settings.import_roots)})
+    return draft(
+        spec,
+        storage=door.storage,
+        settings=door.settings,
+        account=door.settings.account,
+        job_id=new_job_id(),
+        created_at=utc_text(),
+        capacity=door.capacity,
+    )
+
+
+def check_source(source: str, import_roots: str) -> str:
+    """Where to register files from: a bucket's URL as it is, or the real path of what lies below an import root."""
+    if re.fullmatch(r"(s3|obs)://[^/]+(/.*)?", source):
+        return source
+    path = source.removeprefix("file://")
+    if not path.startswith("/") or "\0" in path:
+        raise SpecError(
+            f"source must be a full path, s3://BUCKET/PREFIX or obs://BUCKET/PREFIX, got {source!r}",
+            fields=["source"],
+            code="invalid_source",
+        )
+    # The real path is what the cluster gets: a link that is changed later leads nowhere else.
+    real = os.path.realpath(path)
+    roots = [os.path.realpath(root) for root in import_roots.split(":") if root]
+    if not any(os.path.commonpath([real, root]) == root for root in roots):
+        raise SpecError(
+            f"source must lie below {' or '.join(roots)}, got {source!r}",
+            fields=["source"],
+            hint="TUNESMITH_IMPORT_ROOTS names the folders that files are taken from",
+            code="source_not_allowed",
+        )
+    if not os.access(real, os.R_OK):
+        raise SpecError(
+            f"there is no file or folder {source!r} that the door can read",
+            fields=["source"],
+            hint="check the path, or put the files into a bucket",
+            code="unknown_source",
+        )
+    return real
+
+
+def _check_key(key: str) -> None:
+    if re.fullmatch(r"[!-~]{1,255}", key) is None:
+        raise SpecError(
+            f"Idempotency-Key must be 1 to 255 visible ASCII characters, got {len(key)}: {key[:80]!r}",
+            fields=["Idempotency-Key"],
+            hint="a UUID does",
+            code="invalid_idempotency_key",
+        )
+
+
+def _canonical(spec: TrainSpec | RegisterSpec) -> bytes:
+    """The request as canonical JSON: what was given, in any order, and what it asks for."""
+    body: dict[str, Any] = {**spec.model_dump(mode="json", exclude_unset=True), "kind": spec.kind}
+    try:
+        return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        message = "the body holds text that has no UTF-8 form (a lone surrogate)"
+        raise SpecError(message, code="invalid_text") from None

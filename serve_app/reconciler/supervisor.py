@@ -1,0 +1,237 @@
+"""Follows an attempt on the cluster: starts it, adopts its events, and closes it from its result.
+
+The attempt's own records say what happened. Ray is asked only whether a driver without a result is still alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+
+from pydantic import ValidationError
+
+from serve_app.reconciler.event_lines import EventLines
+from serve_app.reconciler.launcher import ALIVE, STOP_WAIT_S, Launcher, RayJob
+from serve_app.reconciler.lease import LeasedRecords
+from tunesmith import clock
+from tunesmith.assets.catalog import Manifest
+from tunesmith.errors import ConflictError, NotFoundError
+from tunesmith.jobs import attempts
+from tunesmith.jobs.attempts import Claim, EventLine, Result
+from tunesmith.jobs.drafting import output
+from tunesmith.jobs.spec import RegisterJob
+from tunesmith.jobs.states import FINAL, Change
+from tunesmith.records.store import Line, Record, RecordStore
+from tunesmith.settings import Settings
+from tunesmith.storage import layout
+from tunesmith.storage.base import Storage
+
+ENDED_S = 2.0
+"""How long Ray must have called an attempt ended before it is fenced: its last writes may be under way."""
+
+FORCED_S = STOP_WAIT_S + 30.0
+"""How long Ray's own stop may take before a stopping attempt is fenced all the same, seconds."""
+
+REGISTER_RETRIES = 1
+"""Further attempts of a registration after a lost one."""
+
+_WAY = {
+    ("preparing", "completed"): "running",
+    ("preparing", "stopped"): "stopping",
+    ("running", "stopped"): "stopping",
+}
+"""Ends that a state reaches in two moves, and the state between."""
+
+logger = logging.getLogger(__name__)
+
+
+class Watch:
+    """One `step` a round for every job on the cluster. All it remembers can be lost and is found again."""
+
+    def __init__(
+        self,
+        records: LeasedRecords,
+        storage: Storage,
+        launcher: Launcher,
+        settings: Settings,
+        now: Callable[[], float],
+    ) -> None:
+        self._records = records
+        self._storage = storage
+        self._launcher = launcher
+        self._settings = settings
+        self._now = now
+        self._lines = EventLines(storage)
+        self._claims: dict[tuple[str, int], Claim] = {}
+        self._ended_since: dict[tuple[str, int], float] = {}
+        self._stopping_since: dict[str, float] = {}
+
+    def step(self, record: Record) -> None:
+        """Take a job in one of states.ON_CLUSTER as far as it goes now."""
+        # The result before the lines: a driver writes it last, so that no line is missed when it is there.
+        result = self._result(record)
+        record = self._adopt_lines(record)
+        if result is None:
+            result = self._judge(record)
+        if result is not None:
+            self._close(record, result)
+            self._forget(record)
+
+    def _result(self, record: Record) -> Result | None:
+        try:
+            return attempts.read_result(self._storage, record.id, record.status.attempt)
+        except ValidationError as error:
+            message = f"result.json cannot be read: {error}"
+            return Result(outcome="failed", reason="platform_error", message=message, time=clock.utc_text(self._now()))
+
+    def _adopt_lines(self, record: Record) -> Record:
+        attempt = record.status.attempt
+        adopted = self._records.store.adopted_lines(record.id, attempt)
+        for number, line in self._lines.unread(record.id, attempt, adopted=adopted):
+            record = self._adopt(record, line, Line(attempt, number))
+        return record
+
+    def _adopt(self, record: Record, event: EventLine, line: Line) -> Record:
+        change = Change(state=event.state, phase=event.phase, reason=event.reason, message=event.message)
+        if event.state in FINAL:
+            # Only result.json ends a job.
+            change = Change(phase=event.phase, message=event.message)
+        try:
+            return self._records.change(record, change, data=event.data, line=line, at=event.time)
+        except ConflictError as error:
+            if error.code != "illegal_move":
+                raise
+        said = Change(phase=event.phase, message=event.message)
+        return self._records.change(record, said, data=event.data, line=line, at=event.time)
+
+    def _judge(self, record: Record) -> Result | None:
+        """How an attempt without a result ended; None while it may go on. Starts it where it never was."""
+        stopping = record.status.state == "stopping"
+        if stopping and record.id not in self._stopping_since:
+            attempts.request_stop(self._storage, record.id, record.status.reason or "stopped_by_user")
+            self._stopping_since[record.id] = became(self._records.store, record, "stopping")
+        claim = self._claim(record)
+        # Who holds the claim is the driver, whoever started it.
+        owner = claim.submission_id if claim else record.submission_id
+        told = self._launcher.status(owner) if owner is not None else None
+        if claim is None and told is None and not stopping:
+            job_url = layout.join(self._storage.url, layout.job_json(record.id))
+            self._launcher.submit(record.id, record.status.attempt, job_url)
+            return None
+        # A driver that Ray does not know as a job cannot be asked after: it counts as alive.
+        if owner is None or (told is not None and told.status in ALIVE):
+            self._ended_since.pop(_key(record), None)
+            return self._hurry(record, owner) if stopping else None
+        since = self._ended_since.setdefault(_key(record), self._now())
+        if self._now() - since < ENDED_S:
+            return None
+        return self._bury(record, told, owner)
+
+    def _claim(self, record: Record) -> Claim | None:
+        key = _key(record)
+        if key not in self._claims:
+            claim = attempts.read_claim(self._storage, *key)
+            if claim is None:
+                return None
+            self._claims[key] = claim
+        return self._claims[key]
+
+    def _hurry(self, record: Record, owner: str | None) -> Result | None:
+        """Ray's stop for a stopping attempt that takes too long; after that, its end without it."""
+        waited_s = self._now() - self._stopping_since[record.id]
+        if waited_s < self._settings.stop_grace_s:
+            return None
+        if owner is not None:
+            self._launcher.stop(owner)
+            if waited_s < self._settings.stop_grace_s + FORCED_S:
+                return None
+        message = f"stopped without a last checkpoint: it had not ended after {waited_s:.0f} s"
+        return self._fence(record, owner, "stopped", record.status.reason or "stopped_by_user", message)
+
+    def _bury(self, record: Record, told: RayJob | None, owner: str | None) -> Result:
+        """The end of an attempt whose driver is gone without a result."""
+        says = "Ray no longer knows its driver" if told is None else f"Ray says {told.status}"
+        says += f": {told.message}" if told is not None and told.message else ""
+        if self._is_published(record):
+            return self._fence(record, owner, "completed", None, f"published, but its driver did not say so; {says}")
+        if told is not None and told.status == "STOPPED":
+            reason = record.status.reason if record.status.state == "stopping" else None
+            return self._fence(record, owner, "stopped", reason or "stopped_by_user", "stopped through Ray")
+        return self._fence(record, owner, "lost", "worker_lost", says)
+
+    def _fence(self, record: Record, owner: str | None, outcome: str, reason: str | None, message: str) -> Result:
+        """Make sure that the attempt's driver does nothing more; how it ended: the driver's own result stands.
+
+        As attempts.fence, but the end is written down at once, so that a restart finds it. The claim names the
+        driver, so that a restart between the two writes still asks Ray after it.
+        """
+        time = clock.utc_text(self._now())
+        by = Claim(submission_id=owner, host=socket.gethostname(), pid=os.getpid(), time=time)
+        attempts.claim(self._storage, *_key(record), by)
+        result = Result.model_validate({"outcome": outcome, "reason": reason, "message": message, "time": time})
+        return attempts.finish(self._storage, *_key(record), result)
+
+    def _is_published(self, record: Record) -> bool:
+        try:
+            manifest = Manifest.model_validate_json(self._storage.get(layout.asset_manifest(*output(record.job))))
+        except NotFoundError:
+            return False
+        return manifest.job == record.id
+
+    def _close(self, record: Record, result: Result) -> None:
+        if result.outcome == "lost" and record.status.state != "stopping":
+            self._close_lost(record, result)
+            return
+        state = "stopped" if result.outcome == "lost" else result.outcome
+        way = _WAY.get((record.status.state, state))
+        if way is not None:
+            record = self._records.change(record, Change(state=way), at=result.time)
+        data = {**result.summary, **({"error": result.error} if result.error else {})}
+        change = Change(state=state, reason=_reason(record, result), message=result.message)
+        self._records.change(record, change, data=data, at=result.time)
+        logger.info("%s: %s", record.id, state)
+
+    def _close_lost(self, record: Record, result: Result) -> None:
+        attempt = record.status.attempt
+        retries = REGISTER_RETRIES if isinstance(record.job, RegisterJob) else int(record.job.advanced["max_retries"])
+        more = attempt <= retries
+        what = f"attempt {attempt} was lost: {result.message}"
+        if more:
+            pause_s = attempts.retry_pause_s(attempt)
+            follows = f"attempt {attempt + 1} follows" + (f" in {pause_s:.0f} s" if pause_s else "")
+            change = Change(state="queued", reason="worker_lost", message=f"{what}; {follows}")
+        else:
+            change = Change(state="failed", reason="worker_lost", message=f"{what}; it was the last of {retries + 1}")
+        self._records.change(record, change, data={"lost_attempt": attempt})
+        logger.warning("%s: %s", record.id, change.message)
+
+    def _forget(self, record: Record) -> None:
+        self._lines.forget(*_key(record))
+        self._claims.pop(_key(record), None)
+        self._ended_since.pop(_key(record), None)
+        self._stopping_since.pop(record.id, None)
+
+
+def became(store: RecordStore, record: Record, state: str) -> float:
+    """When the job last became `state`, from its events, seconds since the epoch: a restart of ours changes nothing."""
+    events, last = store.events(record.id), record.updated_at
+    while events:
+        last = next((event.time for event in reversed(events) if event.change.state == state), last)
+        events = store.events(record.id, after=events[-1].seq)
+    return clock.seconds(last)
+
+
+def _key(record: Record) -> tuple[str, int]:
+    return record.id, record.status.attempt
+
+
+def _reason(record: Record, result: Result) -> str | None:
+    if result.outcome == "completed":
+        return None
+    if result.outcome == "failed":
+        return result.reason or "platform_error"
+    if result.outcome == "lost":
+        return record.status.reason or "stopped_by_user"
+    return result.reason or "stopped_by_user"

@@ -1,0 +1,65 @@
+"""What the front door's routes answer with, made from records and manifests."""
+
+from __future__ import annotations
+
+from tunesmith.api.views import AssetView, EventView, JobView
+from tunesmith.assets.catalog import Manifest
+from tunesmith.jobs.drafting import output
+from tunesmith.records.store import Event, Record
+
+
+def job_view(record: Record) -> JobView:
+    kind, name, version = output(record.job)
+    status = record.status
+    return JobView(
+        id=record.id,
+        kind=record.kind,
+        name=record.name,
+        account=record.account,
+        state=status.state,
+        phase=status.phase,
+        reason=status.reason,
+        message=status.message,
+        attempt=status.attempt,
+        submission_id=record.submission_id,
+        output_kind=kind,
+        output=f"{name}@{version}",
+        created_at=record.created_at,
+        started_at=record.started_at,
+        ended_at=record.ended_at,
+        job=record.job.model_dump(mode="json"),
+    )
+
+
+def event_view(event: Event) -> EventView:
+    change = event.change
+    return EventView(
+        seq=event.seq,
+        time=event.time,
+        attempt=change.attempt,
+        state=change.state,
+        phase=change.phase,
+        reason=change.reason,
+        message=change.message,
+        data=event.data,
+    )
+
+
+def asset_view(manifest: Manifest) -> AssetView:
+    return AssetView(
+        kind=manifest.kind,
+        name=manifest.name,
+        version=manifest.version,
+        ref=manifest.ref,
+        task_type=manifest.task_type,
+        base=manifest.base,
+        dataset=manifest.dataset,
+        job=manifest.job,
+        created_at=manifest.created_at,
+        size_bytes=sum(file.size_bytes for file in manifest.files),
+        files=manifest.files,
+        tables=manifest.tables,
+        details=manifest.details,
+        training=manifest.training if manifest.kind == "model" else None,
+        gallery=manifest.gallery,
+    )

@@ -1,0 +1,239 @@
+"""Custom jobs on a platform that really runs: a model's own train.py, isolated, from the order to the new model."""
+
+import json
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import galleries, jobs
+from tests.support.ray_fixture import Running
+from tunesmith.api.views import JobView
+from tunesmith.jobs.spec import TrainSpec
+
+pytestmark = pytest.mark.ray
+
+PARAMETERS = {
+    "training_methods": [
+        {"name": "full", "hyperparameters": [{"name": "epochs", "type": "int", "required": True, "default": 3}]}
+    ]
+}
+TRAIN = """
+import json, os, pathlib, signal, socket, subprocess, sys, time
+env = os.environ
+params = json.loads(env["ENV_AG_USER_PARAMS"])
+output = pathlib.Path(env["ENV_AG_TRAIN_OUTPUT_DIR"])
+metrics = pathlib.Path(env["ENV_AG_USER_METRICS_LOG_PATH"])
+"""
+
+
+@pytest.fixture(scope="module")
+def data(platform: Running, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "rows.csv").write_text("x,y\n1,2\n")
+    assert platform.client.wait(platform.client.register_dataset("points", str(folder)).id).state == "completed"
+
+
+class Start:
+    def __init__(self, running: Running, folder: Path) -> None:
+        self._running, self._folder, self._count = running, folder, 0
+
+    def __call__(self, train: str, *, files: dict[str, str] | None = None, **order: Any) -> JobView:
+        """Register a model with this end of its train.py, and order a job."""
+        self._count += 1
+        source = TRAIN + textwrap.dedent(train)
+        name = f"m{abs(hash(self._folder.name)) % 10**9}-{self._count}"
+        folder = galleries.make(self._folder / name, source, parameters=PARAMETERS, **(files or {}))
+        registered = self._running.client.wait(self._running.client.register_model(name, str(folder)).id)
+        assert registered.state == "completed", registered
+        given = {"model": name, "dataset": "points", "flavor": "cpu-small", "output_model": f"{name}-new", **order}
+        return self._running.client.submit(TrainSpec(**given))
+
+
+@pytest.fixture
+def start(platform: Running, data: None, tmp_path: Path) -> Start:
+    return Start(platform, tmp_path)
+
+
+def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:
+    train = """
+    for step in range(1, params["epochs"] + 1):
+        with metrics.open("a") as file:
+            file.write(f"{step}|{1 / step}|100.5\\n")
+        print("step", step, "LOSS", 9.0)
+    with metrics.open("a") as file:
+        file.write("4|high|1\\n5|0.1|7")
+    (output / "deep").mkdir()
+    (output / "deep" / "weights.pt").write_bytes(b"tuned")
+    (output / "README.md").write_text("mine")
+    (output / "out").symlink_to("/etc/passwd")
+    seen = {
+        "secrets": [name for name in env if name.startswith(("AWS", "TUNESMITH_", "RAY"))],
+        "paths": list(filter(os.path.exists, ("HOME/api_token", "HOME/storage/jobs", "/etc/passwd", "/root/.ssh"))),
+        "dataset": os.listdir(env["ENV_AG_DATASET_DIR"]),
+        "cwd": os.listdir("."),
+        "pids": len([p for p in os.listdir("/proc") if p.isdecimal()]),
+        "rank": "RANK" in env,
+    }
+    for what, place in (("model", "mine"), ("dataset", env["ENV_AG_DATASET_DIR"] + "/rows.csv")):
+        try:
+            open(place, "w")
+            seen[what + " written"] = True
+        except OSError as error:
+            seen[what + " written"] = False
+    try:
+        socket.create_connection(("127.0.0.1", PORT), timeout=2)
+        seen["network"] = True
+    except OSError:
+        seen["network"] = False
+    seen["namespaces"] = subprocess.run(["unshare", "-U", "true"], capture_output=True).returncode == 0
+    (output / "seen.json").write_text(json.dumps(seen))
+    subprocess.Popen(["sleep", "1000"])
+    """
+    here = platform.settings
+    train = train.replace("PORT", str(here.ray_dashboard_port)).replace("HOME", str(here.home))
+    job = start(train, hyperparameters={"epochs": 2})
+    ended = platform.client.wait(job.id)
+    assert ended.state == "completed", (ended, jobs.log(platform, job.id, "0"), jobs.log(platform, job.id, "driver"))
+
+    view = platform.client.model(ended.output)
+    files = {file.path for file in view.files}
+    assert files == {
+        "README.md",
+        "deep/weights.pt",
+        "gallery_train/dataset_readme.md",
+        "gallery_train/train.py",
+        "gallery_train/train_params.json",
+        "seen.json",
+        "training_logs/user_params.json",
+    }
+    assert (view.base, view.task_type, view.training and view.training.default) == (
+        job.job["model"],
+        "tabular",
+        "custom",
+    )
+    key = f"models/{view.name}/1/files"
+    assert platform.storage.get(f"{key}/README.md") == platform.storage.get(
+        f"models/{job.job['model'].split('@')[0]}/1/files/README.md"
+    )
+    assert json.loads(platform.storage.get(f"{key}/training_logs/user_params.json"))["epochs"] == 2
+    seen = json.loads(platform.storage.get(f"{key}/seen.json"))
+    assert seen.pop("pids") < 10
+    assert seen.pop("secrets") == ["TUNESMITH_PROGRAM"]
+    assert sorted(seen.pop("cwd")) == ["dataset_readme.md", "train.py", "train_params.json"]
+    assert seen == {
+        "paths": [],
+        "dataset": ["rows.csv"],
+        "rank": False,
+        "model written": False,
+        "dataset written": False,
+        "network": False,
+        "namespaces": False,
+    }
+    points = {(line.step, line.name): line.value for line in jobs.metrics(platform, job.id, "loss", "throughput")}
+    assert points == {(1, "loss"): 1.0, (1, "throughput"): 100.5, (2, "loss"): 0.5, (2, "throughput"): 100.5,
+                      (5, "loss"): 0.1, (5, "throughput"): 7.0}  # fmt: skip
+    assert jobs.metrics(platform, job.id, "memory_rss_bytes")
+    said = jobs.events(platform, job.id)
+    assert [event.state for event in said if event.state] == ["pending", "queued", "preparing", "running", "completed"]
+    assert [event.phase for event in said if event.phase] == ["fetch", "environment", "train", "publish"]
+    assert any("line 3: '4|high|1'" in (event.message or "") for event in said)
+    assert any("README.md, out" in (event.message or "") for event in said)
+    assert "step 2 LOSS 9.0" in jobs.log(platform, job.id, "0")
+    assert not list(jobs.processes(platform, "sleep 1000"))
+
+
+def test_a_train_py_that_fails_keeps_its_log_and_output_and_publishes_nothing(platform: Running, start: Start) -> None:
+    job = start("""
+    (output / "partial.bin").write_bytes(b"half")
+    print("step 7 LOSS 3.5", flush=True)
+    raise ValueError("no such column")
+    """)
+    ended = platform.client.wait(job.id)
+    assert (ended.state, ended.reason, ended.attempt) == ("failed", "user_error", 1)
+    assert "worker 0 ended with exit code 1" in (ended.message or "")
+    assert "ValueError: no such column" in (ended.message or "")
+    assert platform.storage.get(f"jobs/{job.id}/attempts/1/output/partial.bin") == b"half"
+    assert "Traceback" in jobs.log(platform, job.id, "0")
+    assert [(line.step, line.value) for line in jobs.metrics(platform, job.id, "loss")] == [(7, 3.5)]
+    assert platform.client.models(name=ended.output.split("@")[0]).items == []
+
+
+def test_a_stop_is_a_sigterm_after_which_the_output_is_kept(platform: Running, start: Start) -> None:
+    job = start(galleries.SAVES_AT_SIGTERM)
+    jobs.wait_for_log(platform, job, "waiting")
+    platform.client.stop(job.id)
+    ended = platform.client.wait(job.id)
+    assert (ended.state, ended.reason) == ("stopped", "stopped_by_user")
+    assert platform.storage.get(f"jobs/{job.id}/attempts/1/output/saved.txt") == b"in time"
+    assert any("SIGTERM; after 30 s" in (event.message or "") for event in jobs.events(platform, job.id))
+
+
+def test_two_workers_meet_and_a_failed_one_ends_the_other(platform: Running, start: Start) -> None:
+    reduce = """
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    total = torch.tensor([float(env["RANK"]) + 1])
+    dist.all_reduce(total)
+    (output / "total.txt").write_text(f"{total.item()} {env['WORLD_SIZE']} {env['LOCAL_RANK']}")
+    dist.barrier()
+    dist.destroy_process_group()  # left to the end of the process, gloo's threads may end it by a signal
+    """
+    job = start(reduce, cards=2)
+    ended = platform.client.wait(job.id)
+    assert ended.state == "completed", (ended, jobs.log(platform, job.id, "0"), jobs.log(platform, job.id, "1"))
+    name = ended.output.split("@")[0]
+    assert platform.storage.get(f"models/{name}/1/files/total.txt") == b"3.0 2 0"
+    job = start("sys.exit(3) if env['RANK'] == '1' else time.sleep(1000)", cards=2)
+    ended = platform.client.wait(job.id)  # far less than the other would sleep
+    assert (ended.state, "worker 1 ended with exit code 3" in (ended.message or "")) == ("failed", True)
+
+
+def test_a_lost_worker_is_a_new_attempt_with_the_output_there(platform: Running, start: Start) -> None:
+    job = start("""
+    if env["ENV_AG_OUTPUT_RESTORED"] == "1":
+        (output / "second.txt").write_text((output / "first.txt").read_text())
+        sys.exit()
+    (output / "first.txt").write_text("from before")
+    print("waiting", flush=True)
+    time.sleep(1000)
+    """)
+    while not platform.storage.exists(f"jobs/{job.id}/attempts/1/output/first.txt"):
+        assert platform.client.job(job.id).state not in ("failed", "completed")
+        time.sleep(0.2)
+    jobs.kill(platform, "ray::run_program")
+    ended = platform.client.wait(job.id)
+    assert (ended.state, ended.attempt) == ("completed", 2), ended
+    name = ended.output.split("@")[0]
+    assert platform.storage.get(f"models/{name}/1/files/second.txt") == b"from before"
+
+
+def test_a_program_that_takes_more_memory_than_its_flavor_is_ended(platform: Running, start: Start) -> None:
+    job = start("""
+    held = []
+    while True:
+        held.append(b"1" * 200_000_000)
+        time.sleep(0.1)
+    """)
+    ended = platform.client.wait(job.id)
+    assert (ended.state, ended.reason) == ("failed", "out_of_memory")
+    assert "flavor cpu-small has" in (ended.message or "")
+
+
+def test_a_job_whose_time_is_up_is_stopped(platform: Running, start: Start) -> None:
+    ended = platform.client.wait(start("time.sleep(1000)", max_run_time_s=3).id)
+    assert (ended.state, ended.reason) == ("stopped", "time_limit")
+
+
+def test_requirements_are_installed_in_a_phase_of_their_own(platform: Running, start: Start) -> None:
+    job = start(
+        "import torch; (output / 'torch.txt').write_text(torch.__version__)",
+        files={"requirements_txt": "./no-such-file.whl\n"},
+    )
+    ended = platform.client.wait(job.id)
+    assert (ended.state, ended.reason) == ("failed", "user_error")
+    assert "requirements.txt could not be installed" in (ended.message or "")
+    assert [event.phase for event in jobs.events(platform, job.id) if event.phase] == ["fetch", "environment", "save"]
+    assert "no-such-file.whl" in jobs.log(platform, job.id, "0")

@@ -1,0 +1,111 @@
+"""A job's rows are ready, or refused, before any worker is taken."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import tiny
+from trainers.attempt.context import Attempt
+from trainers.text import tokenization
+from trainers.text_job.job_data import StoppedError, prepare
+from trainers.text_job.training_run import run_training
+from tunesmith.assets import tables
+from tunesmith.assets.catalog import Manifest, describe_files, publish
+from tunesmith.assets.tables import describe
+from tunesmith.clock import utc_text
+from tunesmith.errors import DataError
+from tunesmith.jobs import attempts
+from tunesmith.jobs.attempts import EventWriter
+from tunesmith.jobs.audit_report import read_audit
+from tunesmith.jobs.drafting import draft
+from tunesmith.jobs.spec import TrainJob, TrainSpec
+from tunesmith.settings import Settings
+from tunesmith.storage import layout
+from tunesmith.storage.folder import FolderStorage
+
+ROWS = tiny.sums(40)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings.from_env({"TUNESMITH_HOME": str(tmp_path / "home")})
+
+
+def attempt_on(rows: list[Any], settings: Settings, **hyperparameters: Any) -> tuple[Attempt, TrainJob]:
+    """The first attempt of a job over `rows`, with the model and the rows published."""
+    storage = FolderStorage(Path(settings.storage_url))
+    files = {kind: storage.root / layout.asset_files(kind, "tiny", 1) for kind in ("model", "dataset")}
+    tiny.make_model(files["model"])
+    files["dataset"].mkdir(parents=True)
+    (files["dataset"] / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind, folder in files.items():
+        tables = {"rows.jsonl": describe(folder / "rows.jsonl")} if kind == "dataset" else {}
+        publish(
+            storage,
+            Manifest(
+                kind=kind,
+                name="tiny",
+                version=1,
+                files=describe_files(folder),
+                created_at=utc_text(),
+                account="operator",
+                job="job-0",
+                task_type="text-question-answering" if kind == "model" else None,
+                tables=tables,
+            ),
+        )
+    spec = TrainSpec(
+        model="tiny", dataset="tiny", flavor="cpu-small", output_model="tuned", hyperparameters=hyperparameters
+    )
+    job = draft(spec, storage=storage, settings=settings, account="operator", job_id="job-1", created_at=utc_text())
+    assert isinstance(job, TrainJob)
+    return Attempt(job, 1, storage, settings, EventWriter(storage, job.id, 1)), job
+
+
+def test_rows_are_tokenised_with_progress_and_audited(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "PROGRESS_S", 0.0)
+    attempt, job = attempt_on(ROWS, settings)
+    with attempt.events:
+        prepare(attempt, job, deadline=None)
+    events = attempts.read_events(attempt.storage, job.id, 1)
+    assert [event.phase for event in events if event.phase] == ["fetch", "tokenize", "audit"]
+    assert [event.data for event in events if event.message] == [{"rows_read": 40, "rows_total": 40}]
+    assert read_audit(attempt.storage, job.id).counts.rows == 40
+
+
+def test_what_the_audit_refuses_never_gets_a_worker_and_its_report_is_kept(settings: Settings) -> None:
+    attempt, job = attempt_on([{"prompt": "p", "response": "r" * 200}] * 3, settings, max_seq_length=16)
+    with attempt.events, pytest.raises(DataError, match="the audit refuses the data"):
+        prepare(attempt, job, deadline=None)
+    refusal = read_audit(attempt.storage, job.id).refusal
+    assert refusal is not None and refusal.code == "end_of_turn_untrained"
+
+
+def test_a_job_stops_while_its_rows_are_tokenised(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", 500)
+    attempt, job = attempt_on(ROWS, settings)
+    with pytest.raises(StoppedError, match="time_limit"):
+        prepare(attempt, job, deadline=time.time() - 1)
+    attempts.request_stop(attempt.storage, job.id)
+    with pytest.raises(StoppedError, match="stopped_by_user"):
+        prepare(attempt, job, deadline=None)
+    assert not attempt.storage.exists(layout.audit(job.id, 1))
+
+
+def test_a_run_that_is_stopped_before_its_first_step_says_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", 500)
+    attempt, job = attempt_on(ROWS, settings)
+    attempts.request_stop(attempt.storage, job.id)
+    result = run_training(attempt, job)
+    assert (result.outcome, result.reason, result.message) == (
+        "stopped",
+        "stopped_by_user",
+        "it was stopped before its first step",
+    )

@@ -1,0 +1,71 @@
+"""What the workers report reaches the job's folder, each value once, whoever ends first."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.waiting import until
+from trainers.attempt.report import Report
+from trainers.attempt.report_writer import ReportWriter
+from trainers.text_job import hangs
+from trainers.text_job.ray_train_reports import KEY
+from tunesmith.jobs import attempts
+from tunesmith.jobs.attempts import EventWriter, MetricLine
+from tunesmith.storage import layout
+from tunesmith.storage.folder import FolderStorage
+from tunesmith.storage.segments import read_segments
+
+
+def metrics(storage: FolderStorage) -> list[MetricLine]:
+    return [
+        line
+        for segment in read_segments(storage, layout.metrics("job-1", 1))
+        for line in attempts.metric_lines(segment.data)
+    ]
+
+
+def test_reports_become_metrics_and_events_and_none_is_lost(tmp_path: Path) -> None:
+    storage = FolderStorage(tmp_path)
+    with (
+        EventWriter(storage, "job-1", 1) as events,
+        ReportWriter(storage, "job-1", 1, events, segment_s=5, secret=b"secret") as writer,
+    ):
+        callback = writer.callback()
+        for phase in ("tokenize", "train"):
+            callback.after_report(None, [{KEY: Report("t", 0, phase=phase)}] * 2, None)
+        for step in range(1, 201):
+            each = [Report("t", step, values={"loss": 1.0 / step}, sampled={"rss": rank}) for rank in (10.0, 20.0)]
+            callback.after_report(None, [{KEY: report} for report in each], None)
+        callback.after_report(None, [{KEY: Report("t", 200, products={"files": []})}] * 2, None)
+        assert writer.last_step == 200
+        assert writer.products == {"files": []}
+        # A second run of the workers, after a lost one, has a connection of its own.
+        again = writer.callback()
+        again.after_report(None, [{KEY: Report("t", 201, values={"loss": 0.5}, phase="train")}], None)
+    lines = metrics(storage)
+    assert [(line.step, line.value) for line in lines if line.name == "loss"][:200] == [
+        (step, 1.0 / step) for step in range(1, 201)
+    ]
+    assert {(line.rank, line.value) for line in lines if line.name == "rss"} == {(0, 10.0), (1, 20.0)}
+    assert lines[-1].step == 201
+    told = [(event.state, event.phase) for event in attempts.read_events(storage, "job-1", 1)]
+    assert told == [(None, "tokenize"), ("running", "train"), (None, "train")]
+
+
+def test_workers_hear_once_storage_has_all_metrics_that_a_checkpoint_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = FolderStorage(tmp_path)
+    told: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(hangs, "tell_stored", lambda name, step: told.append((name, step, len(metrics(storage)))))
+    with (
+        EventWriter(storage, "job-1", 1) as events,
+        ReportWriter(storage, "job-1", 1, events, segment_s=1000, secret=b"secret") as writer,
+    ):
+        for name in ("loss", "eval_loss"):
+            writer.write(Report("t", 3, values={name: 1.0}), rank=0)
+        assert metrics(storage) == []
+        writer.write(Report("t", 3, flush=True), rank=0)
+        until(lambda: told == [("job-1-a1", 3, 2)])
+        writer.write(Report("t", 6, flush=True), rank=0)  # nothing new to store
+        assert told[1:] == [("job-1-a1", 6, 2)]

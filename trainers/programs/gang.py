@@ -1,0 +1,204 @@
+"""A custom job from the driver's side: its workers as a gang of Ray tasks, and the new model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from trainers.attempt.context import Attempt
+from trainers.attempt.report_writer import ReportWriter, report_writer
+from trainers.programs.program_worker import ProgramTask, Said, free_port, keep_output, publish_output, run_program
+from tunesmith.assets import catalog, image_references
+from tunesmith.assets.catalog import Manifest
+from tunesmith.clock import utc_text
+from tunesmith.errors import LeaseLostError
+from tunesmith.jobs.attempts import Result
+from tunesmith.jobs.drafting import output
+from tunesmith.jobs.spec import TrainJob
+from tunesmith.storage import layout
+from tunesmith.storage.urls import open_patiently
+
+END_S = 30.0
+"""What the other workers have to end, once one has failed, before Ray kills them."""
+
+logger = logging.getLogger(__name__)
+
+
+def run_custom(attempt: Attempt, job: TrainJob) -> Result:
+    """Run the model's own program on all workers, publish what it leaves, and say how it went."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    deadline = time.time() + job.max_run_time_s if job.max_run_time_s is not None else None
+    ray.init(logging_level=logging.WARNING)
+    if image_references.RESOURCE in job.resources:
+        image_references.check_cluster(ray.cluster_resources(), model=job.model)
+    group = placement_group([dict(job.resources) for _ in range(job.cards)], strategy="PACK")
+    try:
+        stopped = _wait_for(group, attempt, deadline)
+        if stopped is not None:
+            return Result(outcome="stopped", reason=stopped, message="before its first step", time=utc_text())
+        gang = _Gang(attempt, job, group, deadline)
+        return gang.run()
+    except RayError as error:
+        if type(error).__name__.startswith("RayTaskError"):
+            raise
+        # A worker, or its node, is gone: the next attempt goes on from the output that was kept.
+        message = f"a worker was lost: {str(error).strip().splitlines()[0][:300]}"
+        return Result(outcome="lost", reason="worker_lost", message=message, time=utc_text())
+    finally:
+        remove_placement_group(group)
+
+
+def _wait_for(group: Any, attempt: Attempt, deadline: float | None) -> str | None:
+    """Until the gang has its resources; the reason where the job is to stop before."""
+    import ray
+
+    ready = group.ready()
+    while not ray.wait([ready], timeout=1.0)[0]:
+        if attempt.storage.exists(layout.stop(attempt.job.id)):
+            return "stopped_by_user"
+        if deadline is not None and time.time() > deadline:
+            return "time_limit"
+    return None
+
+
+class _Gang:
+    """All workers of an attempt, each on its bundle of the placement group."""
+
+    def __init__(self, attempt: Attempt, job: TrainJob, group: Any, deadline: float | None) -> None:
+        self._attempt, self._job, self._group = attempt, job, group
+        self._workers = self._make_workers(deadline)
+
+    def run(self) -> Result:
+        attempt = self._attempt
+        with report_writer(attempt) as reports:
+            results = self._follow(reports)
+        failed = next((result for result in results if result.outcome == "failed"), None)
+        stopped = next((result for result in results if result.outcome == "stopped"), None)
+        if failed is None and stopped is None:
+            return self._publish(results[0])
+        if stopped is not None and stopped.reason == "worker_lost":
+            raise LeaseLostError("the attempt was given up for lost")
+        attempt.events.write(phase="save")
+        kept = self._on_bundle(0, keep_output)(self._workers[0])
+        if kept:
+            attempt.events.write(f"{len(kept)} files of its output are kept with the job", kept_files=len(kept))
+        return failed or stopped or results[0]
+
+    def _follow(self, reports: ReportWriter) -> list[Result]:
+        """What the workers say, until all have ended; their results, that of the first which failed before all."""
+        import ray
+
+        running = {}
+        for worker in self._workers:
+            task = ray.remote(max_retries=0, num_returns="streaming")(run_program)
+            stream = task.options(
+                **_resources(self._job), scheduling_strategy=self._bundle(worker.rank)
+            ).remote(worker)  # fmt: skip
+            running[stream] = worker.rank
+        results: list[Result] = []
+        deadline: float | None = None
+        while running:
+            ready, _ = ray.wait(list(running), timeout=1.0)
+            for stream in ready:
+                try:
+                    said: Said = ray.get(next(stream))
+                except StopIteration:
+                    del running[stream]
+                    continue
+                except ray.exceptions.TaskCancelledError:
+                    del running[stream]
+                    continue
+                rank = running[stream]
+                for report in said.reports:
+                    reports.write(report, rank)
+                for message, data in said.events:
+                    self._attempt.events.write(message, **data)
+                if said.result is not None:
+                    results.append(said.result)
+                    if said.result.outcome == "failed" and deadline is None:
+                        deadline = time.monotonic() + END_S
+                        for other in running:
+                            if other is not stream:
+                                ray.cancel(other)
+            if deadline is not None and time.monotonic() > deadline:
+                break
+        return results
+
+    def _publish(self, result: Result) -> Result:
+        attempt, job = self._attempt, self._job
+        attempt.events.write(phase="publish")
+        attempt.events.flush()
+        files, left_out, language_model = self._on_bundle(0, publish_output)(self._workers[0])
+        if left_out:
+            names = ", ".join(left_out[:10])
+            attempt.events.write(f"not taken into the model: {names} (links, or the base model's own files)")
+        base = Manifest.model_validate_json(open_patiently(job.model_url, attempt.settings).get("manifest.json"))
+        _, name, version = output(job)
+        manifest = Manifest(
+            kind="model",
+            name=name,
+            version=version,
+            files=files,
+            created_at=utc_text(),
+            account=job.account,
+            job=job.id,
+            task_type=base.task_type,
+            framework=base.framework,
+            license=base.license,
+            base=job.model,
+            dataset=job.dataset,
+            gallery=base.gallery,
+            language_model=language_model,
+        )
+        catalog.publish(attempt.storage, manifest)
+        message = f"{job.output_model}: {len(files)} files"
+        return Result(outcome="completed", message=message, time=utc_text(), summary=result.summary)
+
+    def _make_workers(self, deadline: float | None) -> list[ProgramTask]:
+        import ray
+        from ray.util import placement_group_table
+
+        nodes = placement_group_table(self._group)["bundles_to_node_id"]
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        port = self._on_bundle(0, free_port)() if self._job.cards > 1 else 0
+        workers, on_node = [], dict.fromkeys(addresses, 0)
+        for rank in range(self._job.cards):
+            node = nodes[rank]
+            workers.append(
+                ProgramTask(
+                    job=self._job,
+                    attempt=self._attempt.number,
+                    storage_url=self._attempt.storage.url,
+                    deadline=deadline,
+                    rank=rank,
+                    local_rank=on_node[node],
+                    master_addr=addresses[nodes[0]],
+                    master_port=port,
+                    alone_on_node=len(set(nodes.values())) == 1,
+                )
+            )
+            on_node[node] += 1
+        return workers
+
+    def _on_bundle(self, rank: int, work: Callable[..., Any]) -> Callable[..., Any]:
+        """`work` as a Ray task on the node of that worker, which has no resources of its own."""
+        import ray
+
+        task = ray.remote(max_retries=0, num_cpus=0)(work).options(scheduling_strategy=self._bundle(rank))
+        return lambda *arguments: ray.get(task.remote(*arguments))
+
+    def _bundle(self, rank: int) -> Any:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+
+
+def _resources(job: TrainJob) -> dict[str, Any]:
+    """Of one worker, as Ray's options of a task."""
+    others = {name: amount for name, amount in job.resources.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": job.resources.get("CPU", 0), "num_gpus": job.resources.get("GPU", 0), "resources": others}

@@ -1,0 +1,89 @@
+"""A network of a job's own: the programs of its workers on one node are on it, and nothing else is."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from trainers.programs.bubblewrap import IsolationError, find_bubblewrap
+from tunesmith import processes
+
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "HCCL_SOCKET_IFNAME": "lo"}
+"""Variables for a program on a network that has nothing but loopback."""
+
+
+@dataclass(frozen=True)
+class OwnNetwork:
+    """Where the namespaces of a network are found, as files, while the context that gave it lasts."""
+
+    user: Path
+    """The user namespace that owns the network."""
+    network: Path
+
+    def entrance(self) -> list[str]:
+        """The words before a command that run it on this network."""
+        return ["nsenter", f"--user={self.user}", f"--net={self.network}", "--preserve-credentials", "--"]
+
+
+@contextmanager
+def own_network(file: Path) -> Iterator[OwnNetwork]:
+    """The network that all workers share who name the same `file`; the first of them makes it, and it has loopback.
+
+    Where those before have ended it is a new one: there is nobody left to talk to.
+    """
+    with ExitStack() as stack:
+        with file.open("a+") as told:
+            fcntl.flock(told, fcntl.LOCK_EX)
+            namespaces = _namespaces(_told_holder(told))
+            if namespaces is None:
+                holder = stack.enter_context(_new_holder())
+                told.truncate(0)
+                told.write(f"{holder.pid} {holder.create_time()}")
+                namespaces = _namespaces(holder)
+                if namespaces is None:
+                    raise IsolationError("the process that holds the network of a job ended at once")
+        # A namespace stays while somebody has it open, also once its holder has ended.
+        user, network = (Path(f"/proc/{os.getpid()}/fd/{stack.enter_context(each).fileno()}") for each in namespaces)
+        yield OwnNetwork(user, network)
+
+
+def _told_holder(told: IO[str]) -> psutil.Process | None:
+    told.seek(0)
+    pid, _, created = told.read().partition(" ")
+    return processes.find(int(pid), float(created)) if created else None
+
+
+def _namespaces(holder: psutil.Process | None) -> list[BufferedReader] | None:
+    """The holder's user and network namespace, opened; None where it has ended, or ends just now."""
+    if holder is None:
+        return None
+    with ExitStack() as stack:
+        try:
+            opened = [stack.enter_context(Path(f"/proc/{holder.pid}/ns/{kind}").open("rb")) for kind in ("user", "net")]
+        except OSError:
+            return None
+        stack.pop_all()
+        return opened
+
+
+@contextmanager
+def _new_holder() -> Iterator[psutil.Process]:
+    """A process in a new network."""
+    options = ["--unshare-user", "--unshare-net", "--die-with-parent", "--ro-bind", "/", "/"]
+    command = [find_bubblewrap(), *options, "--", "/bin/sh", "-c", "echo $$; exec sleep infinity"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            # Said from inside, once the network is there.
+            yield psutil.Process(int(process.stdout.readline()))
+        finally:
+            process.kill()

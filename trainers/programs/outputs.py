@@ -1,0 +1,176 @@
+"""The output folder of a user's program, stored file by file. What is in it is the program's: no link is followed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tunesmith.assets.catalog import File
+from tunesmith.storage.base import PARTIAL, Storage
+
+MAX_FILES = 10_000
+"""Files and folders of an output: all of them are listed in the new model's manifest."""
+MAX_DEPTH = 64
+"""Of folders in each other; what lies deeper is not looked at."""
+
+
+@dataclass
+class Walk:
+    """The files below a folder, and what is there that is none."""
+
+    files: dict[str, os.stat_result] = field(default_factory=dict)
+    """By path relative to the folder."""
+    others: list[str] = field(default_factory=list)
+    """Links, pipes and the like."""
+
+
+def walk(folder: Path) -> Walk:
+    """All that lies below `folder`."""
+    found = Walk()
+    for path, status in scan(folder):
+        if stat.S_ISREG(status.st_mode) and _is_storable(path):
+            found.files[path] = status
+        elif not stat.S_ISDIR(status.st_mode) or path.count("/") >= MAX_DEPTH:
+            found.others.append(path)
+    return found
+
+
+def scan(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Path and status of all that lies below `folder`, however much; folders at MAX_DEPTH are not entered."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return
+    yield from _scan(descriptor, "", MAX_DEPTH)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder that a program has written to: however deep it is, and whatever it may not be read by."""
+    for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+        if folder.exists():
+            subprocess.run([*command, "--", folder], check=False, capture_output=True)
+
+
+def store(
+    storage: Storage, folder: Path, prefix: str, *, leave_out: Callable[[str], bool] = lambda path: False
+) -> tuple[list[File], list[str]]:
+    """Store all files below `folder` under `prefix`; what was stored, and what was not.
+
+    Nothing may write to the folder meanwhile.
+    """
+    found = walk(folder)
+    stored, left_out = [], list(found.others)
+    for path in sorted(found.files):
+        if leave_out(path):
+            left_out.append(path)
+            continue
+        try:
+            with opened(folder, path) as (descriptor, status):
+                local = Path(f"/proc/self/fd/{descriptor}")
+                with local.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                storage.upload_file(local, f"{prefix}/{path}")
+        except PermissionError:
+            left_out.append(path)
+            continue
+        stored.append(File(path=path, size_bytes=status.st_size, sha256=digest))
+    return stored, sorted(left_out)
+
+
+class Copy:
+    """Keeps a copy of an output folder in storage while the program writes to it.
+
+    A file is stored when it has not changed since the look before, so that one that is being written is not; files
+    that are gone are deleted.
+    """
+
+    def __init__(self, storage: Storage, folder: Path, prefix: str) -> None:
+        self._storage, self._folder, self._prefix = storage, folder, prefix
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._stored: dict[str, tuple[int, int]] = {}
+
+    def update(self, is_done: Callable[[], bool] = lambda: False) -> None:
+        """Look once, and store what is new until `is_done`. StorageError where storage does not take it."""
+        now = {path: (status.st_size, status.st_mtime_ns) for path, status in walk(self._folder).files.items()}
+        for path, state in sorted(now.items()):
+            if is_done():
+                return
+            if self._seen.get(path) != state or self._stored.get(path) == state:
+                continue
+            try:
+                with opened(self._folder, path) as (descriptor, _):
+                    self._storage.upload_file(Path(f"/proc/self/fd/{descriptor}"), f"{self._prefix}/{path}")
+            except OSError:
+                continue  # it is gone, or no file any more
+            self._stored[path] = state
+        for path in [path for path in self._stored if path not in now]:
+            self._storage.delete(f"{self._prefix}/{path}")
+            del self._stored[path]
+        self._seen = now
+
+
+@contextmanager
+def opened(folder: Path, path: str) -> Iterator[tuple[int, os.stat_result]]:
+    """A descriptor of a file below `folder`, opened without following a link on the way. OSError where it is none."""
+    parts = path.split("/")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in parts[:-1]:
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+        file = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is no file")
+        yield file, status
+    finally:
+        os.close(file)
+
+
+def _scan(descriptor: int, above: str, depth: int) -> Iterator[tuple[str, os.stat_result]]:
+    """Below the open folder, which is closed at the end."""
+    try:
+        with os.scandir(descriptor) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                    yield above + entry.name, status
+                    if depth and stat.S_ISDIR(status.st_mode):
+                        yield from _scan(_open_folder(entry.name, descriptor), f"{above}{entry.name}/", depth - 1)
+                except OSError:
+                    continue  # it is gone meanwhile
+    finally:
+        os.close(descriptor)
+
+
+def _open_folder(name: str, above: int) -> int:
+    """A folder of the open one; a program that has taken away the right to read it hides nothing."""
+    options = os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+        return os.open(name, os.O_RDONLY | options, dir_fd=above)
+    except PermissionError:
+        place = os.open(name, os.O_PATH | options, dir_fd=above)
+    try:
+        Path(f"/proc/self/fd/{place}").chmod(0o700)
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_DIRECTORY)
+    finally:
+        os.close(place)
+
+
+def _is_storable(path: str) -> bool:
+    """Whether storage has a key for it: text in UTF-8, and nothing that it keeps for itself."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\\" not in path and not any(part.startswith(PARTIAL) for part in path.split("/"))

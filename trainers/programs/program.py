@@ -1,0 +1,133 @@
+"""A user's program as a child process: started in its room, sampled, and ended with all that it began."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, cast
+
+import psutil
+
+from trainers.programs import cgroups
+from tunesmith import processes
+
+MARK = "TUNESMITH_PROGRAM"
+"""Variable that every process of a program carries."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a program is started in its room."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    cwd: Path
+    writable: Sequence[Path] = ()
+    """Folders that it may fill."""
+    temporary: Path | None = None
+    """Its `/tmp`."""
+    group: Path | None = None
+    """The control group that it is in, which goes with it."""
+    is_contained: bool = True
+    """Whether all that it begins ends with its first process."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the processes of a program use together."""
+
+    cpu_percent: float
+    """Of one CPU."""
+    rss_bytes: int
+    """A page that several of them share counts several times."""
+    tasks: int
+    """Processes and threads."""
+
+
+class Program:
+    """A running program. A context manager: when it is left, none of the program's processes lives.
+
+    Made in a thread that lasts: bubblewrap dies with the thread that started it.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self._mark = secrets.token_hex(16)
+        self._process = subprocess.Popen(
+            launch.command,
+            cwd=launch.cwd,
+            env={**launch.environment, MARK: self._mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._cpu: dict[int, psutil.Process] = {}
+
+    @property
+    def output(self) -> IO[bytes]:
+        """What it writes to stdout and stderr, as it writes it."""
+        return cast("IO[bytes]", self._process.stdout)
+
+    def exit_code(self) -> int | None:
+        """None while it runs; as a shell has it: 128 + N for one that signal N ended."""
+        code = self._process.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+    def sample(self) -> Sample:
+        """Of now; the CPU's since the sample before."""
+        found = {}
+        for process in self.tree():
+            # The same object is asked again, for it remembers what it said before.
+            found[process.pid] = self._cpu.get(process.pid, process)
+        self._cpu = found
+        cpu, rss, tasks = 0.0, 0, 0
+        for process in found.values():
+            with suppress(psutil.Error), process.oneshot():
+                tasks += process.num_threads()
+                cpu += process.cpu_percent()
+                rss += process.memory_info().rss
+        return Sample(cpu, rss, tasks)
+
+    def tree(self) -> list[psutil.Process]:
+        """Its processes, with bubblewrap's own."""
+        try:
+            root = psutil.Process(self._process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.Error:
+            return []
+
+    def terminate(self) -> None:
+        """SIGTERM to the program itself, which may then save what it has and end."""
+        with suppress(psutil.Error):
+            main = psutil.Process(self._process.pid)
+            # Around it lie bubblewrap's two processes, which would not pass a signal on; podman, the first that they
+            # started, does.
+            while main.name() in ("bwrap", "sh") and (below := main.children()):
+                main = min(below, key=psutil.Process.create_time)
+            main.send_signal(signal.SIGTERM)
+
+    def end(self) -> None:
+        """Kill it and all that it began."""
+        root = psutil.Process(self._process.pid) if self._process.poll() is None else None
+        if root is not None and self.launch.is_contained:
+            # The room ends with bubblewrap, all in it at once, however fast it makes new processes.
+            self._process.kill()
+        processes.end(root, MARK, self._mark)
+        self._process.wait()
+        if self.launch.group is not None:
+            cgroups.remove(self.launch.group)
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()

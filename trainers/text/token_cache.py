@@ -1,0 +1,160 @@
+"""Where tokenised rows are kept: in storage for all, and as a copy on each node that has storage elsewhere.
+
+`cache/tokenized/KEY/` holds a manifest and, in a folder of its builder's own, the shards that it names. The manifest is
+written last and conditionally: of two builders the first one's stands, and what else lies there is nobody's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from trainers.text.shards import Batch, Shard, ShardWriter, TokenizedRows
+from tunesmith.errors import NotFoundError, StorageError
+from tunesmith.jobs.audit_report import AuditCounts
+from tunesmith.storage import layout
+from tunesmith.storage.base import Storage
+
+logger = logging.getLogger(__name__)
+
+
+class CacheManifest(BaseModel):
+    """`manifest.json` of tokenised data."""
+
+    model_config = ConfigDict(frozen=True)
+
+    builder: str
+    """The folder of the shards."""
+    shards: list[Shard]
+    counts: AuditCounts
+
+
+class TokenCache:
+    """The place of one key."""
+
+    def __init__(self, storage: Storage, node: Path, key: str) -> None:
+        """`node` is the folder of this node's own copies and locks."""
+        self._storage = storage
+        self._node = node
+        self._key = key
+        self._folder = layout.tokenized(key)
+        self._manifest_key = f"{self._folder}/manifest.json"
+
+    def rows(self, batches: Iterable[Batch]) -> TokenizedRows:
+        """What is there, else what `batches` make. One at a time on a node: who comes meanwhile takes what was made."""
+        with _alone(self._node / f"{self._key}.lock"):
+            for path in self._node.glob(f"{self._key}-*.partial"):
+                shutil.rmtree(path, ignore_errors=True)  # of a killed builder: here nobody else is at work
+            manifest = self._read()
+            if manifest is not None:
+                try:
+                    return self._open(manifest)
+                except (NotFoundError, OSError, ValueError) as error:
+                    logger.warning("%s is not whole and is made again: %s", self._folder, error)
+                    self._storage.delete(self._manifest_key)
+            return self._open(self._build(batches))
+
+    def _read(self) -> CacheManifest | None:
+        try:
+            return CacheManifest.model_validate_json(self._storage.get(self._manifest_key))
+        except NotFoundError:
+            return None
+
+    def _open(self, manifest: CacheManifest) -> TokenizedRows:
+        """The rows; what their manifest does not name is removed. NotFoundError, OSError or ValueError: not whole."""
+        prefix = f"{self._folder}/{manifest.builder}"
+        place = self._storage.local_path(prefix) or self._copy(manifest, prefix)
+        _check_whole(place, manifest)
+        rows = TokenizedRows.open([place / shard.name for shard in manifest.shards], manifest.counts)
+        for entry in self._storage.entries(self._folder):
+            if not entry.key.startswith(f"{prefix}/") and entry.key != self._manifest_key:
+                self._storage.delete(entry.key)
+        return rows
+
+    def _copy(self, manifest: CacheManifest, prefix: str) -> Path:
+        place = self._place(manifest.builder)
+        try:
+            _check_whole(place, manifest)
+        except (OSError, ValueError):
+            partial = self._place(f"{manifest.builder}.partial")
+            for shard in manifest.shards:
+                self._storage.download_file(f"{prefix}/{shard.name}", partial / shard.name)
+            shutil.rmtree(place, ignore_errors=True)
+            partial.rename(place)
+        return place
+
+    def _build(self, batches: Iterable[Batch]) -> CacheManifest:
+        """Write the shards and then the manifest; the manifest that stands, be it another builder's."""
+        builder = uuid.uuid4().hex
+        prefix = f"{self._folder}/{builder}"
+        local = self._storage.local_path(prefix)
+        place = local or self._place(f"{builder}.partial")
+        writer = ShardWriter(place, lambda path: self._shard_closed(path, prefix, upload=local is None))
+        standing: CacheManifest | None = None
+        try:
+            counts = AuditCounts()
+            for batch in batches:
+                writer.write(batch)
+                counts += batch.counts
+            writer.close()
+            made = CacheManifest(builder=builder, shards=writer.shards, counts=counts)
+            self._storage.put_if_absent(self._manifest_key, made.model_dump_json(indent=2).encode())
+            standing = self._read()
+        except _BeatenError:
+            standing = self._read()
+        finally:
+            writer.abandon()
+            if standing is None or standing.builder != builder:
+                self._storage.delete_folder(prefix)
+                shutil.rmtree(place, ignore_errors=True)
+        if standing is None:
+            raise StorageError(f"{self._manifest_key} was there and is gone")
+        if local is None and standing.builder == builder:
+            place.rename(self._place(builder))
+        return standing
+
+    def _shard_closed(self, path: Path, prefix: str, *, upload: bool) -> None:
+        if self._storage.exists(self._manifest_key):
+            raise _BeatenError
+        if upload:
+            self._storage.upload_file(path, f"{prefix}/{path.name}")
+
+    def _place(self, name: str) -> Path:
+        return self._node / f"{self._key}-{name}"
+
+
+class _BeatenError(Exception):
+    """Another node's builder was faster."""
+
+
+def _check_whole(place: Path, manifest: CacheManifest) -> None:
+    for shard in manifest.shards:
+        size = (place / shard.name).stat().st_size
+        if size != shard.size_bytes:
+            raise ValueError(f"{shard.name} has {size} bytes, not {shard.size_bytes}")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock of a file; the system lets it go with its process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError as error:
+                # Some network file systems have no locks; then two may build, and the first one's manifest stands.
+                logger.warning("%s cannot be locked: %s", path, error)
+                break
+        yield

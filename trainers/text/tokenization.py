@@ -1,0 +1,211 @@
+"""Tokenised data, made once and shared: by the workers of a node, by later jobs, by the trials of a search.
+
+Rows keep the order of their files. A few blocks are held at a time, whatever the files' size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from trainers.text.encoding_processes import EncodingConfig, EncodingTask, encode_here, encode_in_processes
+from trainers.text.shards import Batch, TokenizedRows
+from trainers.text.token_cache import TokenCache
+from tunesmith.assets.catalog import hash_file
+from tunesmith.assets.tables import Block, Row, describe, place, read_blocks, read_rows
+from tunesmith.errors import DataError
+from tunesmith.jobs.audit_report import AuditCounts
+from tunesmith.settings import Settings
+from tunesmith.storage.base import Storage
+from tunesmith.text.formats import Example, detect, turns
+
+FORMAT = 1
+"""Raised when what is stored changes its form."""
+PARALLEL_BYTES = 16 << 20
+"""Files that are smaller in all are encoded in this process: others would take as long to start."""
+PROGRESS_S = 3.0
+
+_CODE = (
+    "tunesmith.text.encoder",
+    "tunesmith.text.chat_templates",
+    "tunesmith.text.control_tokens",
+    "tunesmith.text.formats",
+    "tunesmith.text.columns",
+    "tunesmith.assets.tables",
+    "tunesmith.assets.json_array",
+    "trainers.text.encoding_processes",
+)
+"""Modules that decide which tokens come out: another text of theirs, another key."""
+_NO_MATTER = {
+    "hyperparameters": "data_url train_url train_data_file test_data_file lora_alpha lora_dropout lora_rank "
+    "per_device_train_batch_size gradient_accumulation_steps max_steps save_steps logging_steps learning_rate "
+    "max_grad_norm warmup_ratio finetuned_model bits max_eval_samples",
+    "advanced": "num_train_epochs seed lr_scheduler_type weight_decay target_modules strategy precision "
+    "gradient_checkpointing packing save_total_limit max_retries merge_adapter",
+}
+"""What leaves the tokens as they are; everything else is part of the key."""
+
+Progress = Callable[[int, int | None], None]
+"""Called every few seconds with the rows read and, where it is known, how many there are; may raise to give up."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A local data file and what is known of it."""
+
+    path: Path
+    sha256: str
+    columns: Sequence[str]
+    rows: int | None
+
+    @classmethod
+    def at(cls, path: Path) -> DataFile:
+        """A file that no manifest describes, read to its end."""
+        table = describe(path)
+        return cls(path, hash_file(path), table.columns, table.rows)
+
+
+def tokenized(
+    files: Sequence[DataFile],
+    tokenizer: Any,
+    *,
+    hyperparameters: Mapping[str, Any],
+    advanced: Mapping[str, Any],
+    training_type: str,
+    storage: Storage,
+    settings: Settings,
+    limit: int | None = None,
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> TokenizedRows:
+    """The rows of `files` in their order, at most `limit`, from the cache or made now by `processes` (default: cores).
+
+    On one node one builder works at a time, and those that come meanwhile take what it made; a killed one leaves no
+    lock. Raises DataError where no row is left, or with the file and line of a row that is not what it must be.
+    """
+    config = EncodingConfig(tokenizer, hyperparameters, advanced)
+    key = cache_key(files, config, training_type=training_type, limit=limit)
+    tasks = _tasks(files, config, training_type)
+    small = limit is not None or sum(file.path.stat().st_size for file in files) < PARALLEL_BYTES
+    processes = 1 if small else processes or len(os.sched_getaffinity(0))
+    encoded = encode_here(tasks, config, limit) if processes == 1 else encode_in_processes(tasks, config, processes)
+    known = [file.rows for file in files]
+    total = sum(filter(None, known)) if None not in known else None
+    cache = TokenCache(storage, settings.home / "cache" / "tokenized", key)
+    with closing(encoded):
+        rows = cache.rows(_checked(_told(encoded, progress, total)))
+    if progress is not None:
+        progress(rows.report.read, rows.report.read)
+    return rows
+
+
+def first_examples(
+    files: Sequence[DataFile], hyperparameters: Mapping[str, Any], training_type: str, limit: int
+) -> list[Example]:
+    """The turns of the first rows kept: of rows 0, 1, 2, … of the tokenised files, at most `limit`."""
+    return list(islice(_examples(files, hyperparameters, training_type), limit))
+
+
+def tokenize_rows(
+    rows: Iterable[Row],
+    tokenizer: Any,
+    *,
+    hyperparameters: Mapping[str, Any],
+    advanced: Mapping[str, Any],
+    training_type: str,
+    limit: int | None = None,
+) -> TokenizedRows:
+    """`rows` tokenised in memory, for a few. DataError as `tokenized`."""
+    held = list(enumerate(rows, start=1))
+    columns = dict.fromkeys(name for _, row in held for name in row)
+    if hyperparameters["history_field"] is not None:
+        columns[hyperparameters["history_field"]] = None  # rows without it have none
+    config = EncodingConfig(tokenizer, hyperparameters, advanced)
+    task = (Block(Path("rows.json"), parsed=held), detect(list(columns), hyperparameters, training_type))
+    return TokenizedRows.of(_checked(encode_here([task], config, limit)))
+
+
+def cache_key(files: Sequence[DataFile], config: EncodingConfig, *, training_type: str, limit: int | None) -> str:
+    """A hash of all that decides which tokens come out."""
+    backend = hashlib.sha256(config.tokenizer.backend_tokenizer.to_str().encode())
+    parts = {
+        "format": FORMAT,
+        "code": [hashlib.sha256(_source(module)).hexdigest() for module in _CODE],
+        "versions": [importlib.metadata.version(package) for package in ("tokenizers", "transformers")],
+        "tokenizer": [
+            type(config.tokenizer).__name__,
+            backend.hexdigest(),
+            config.tokenizer.special_tokens_map,
+            [getattr(config.tokenizer, f"add_{name}_token", None) for name in ("bos", "eos")],
+            getattr(config.tokenizer, "split_special_tokens", None),
+        ],
+        "template": config.tokenizer.chat_template,
+        "hyperparameters": _that_matter("hyperparameters", config.hyperparameters),
+        "advanced": _that_matter("advanced", config.advanced),
+        "training_type": training_type,
+        "files": [(file.sha256, file.path.suffix.lower(), list(file.columns)) for file in files],
+        "limit": limit,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def _that_matter(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in _NO_MATTER[section].split()}
+
+
+def _source(module: str) -> bytes:
+    spec = importlib.util.find_spec(module)
+    return Path(spec.origin).read_bytes() if spec is not None and spec.origin is not None else b""
+
+
+def _tasks(files: Sequence[DataFile], config: EncodingConfig, training_type: str) -> Iterator[EncodingTask]:
+    for file in files:
+        try:
+            form = detect(file.columns, config.hyperparameters, training_type)
+        except DataError as error:
+            message = f"{file.path.name}: {error.message}"
+            raise DataError(message, fields=error.fields, hint=error.hint, code=error.code) from None
+        for block in read_blocks(file.path):
+            yield block, form
+
+
+def _examples(files: Sequence[DataFile], hyperparameters: Mapping[str, Any], training_type: str) -> Iterator[Example]:
+    for file in files:
+        form = detect(file.columns, hyperparameters, training_type)
+        for number, row in enumerate(read_rows(file.path), start=1):
+            if (example := turns(row, form, hyperparameters, place(file.path, number))) is not None:
+                yield example
+
+
+def _told(batches: Iterator[Batch], progress: Progress | None, total: int | None) -> Iterator[Batch]:
+    read, said = 0, time.monotonic()
+    for batch in batches:
+        read += batch.counts.read
+        if progress is not None and time.monotonic() - said >= PROGRESS_S:
+            said = time.monotonic()
+            progress(read, total)
+        yield batch
+
+
+def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """`batches`, and in their place a DataError where all of them hold no row."""
+    counts = AuditCounts()
+    for batch in batches:
+        counts += batch.counts
+        yield batch
+    if counts.rows == 0:
+        raise DataError(
+            f"no row is left to train on: {counts.skipped} of {counts.read} have no prompt or no response",
+            fields=["hyperparameters.prompt_field", "hyperparameters.response_field"],
+            code="no_row_left",
+        )

@@ -1,0 +1,226 @@
+"""A training run from the driver's side: TorchTrainer, its restarts after lost workers, and the new model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainers.attempt.context import Attempt
+from trainers.recipe.memory import is_out_of_memory
+from tunesmith.assets import catalog
+from tunesmith.assets.catalog import File, Manifest
+from tunesmith.clock import utc_text
+from tunesmith.errors import LeaseLostError, OutOfMemoryError, TunesmithError, UnavailableError, WorkerLostError
+from tunesmith.jobs import attempts
+from tunesmith.jobs.attempts import Result
+from tunesmith.jobs.drafting import output
+from tunesmith.jobs.spec import TrainJob
+from tunesmith.storage.urls import open_patiently
+
+# Read by Ray Train when it is imported. The controller takes one report of a worker in each interval.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+# One process less to start; a node that is taken away costs the steps since the last checkpoint, as a lost one does.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(attempt: Attempt, job: TrainJob) -> Result:
+    """Train, publish the new model, and say how it went. Raises what ended the run."""
+    import ray
+
+    from trainers.text_job.job_data import StoppedError, prepare
+
+    started = time.time()
+    deadline = started + job.max_run_time_s if job.max_run_time_s is not None else None
+    # Before any worker is taken: an accelerator does not wait for rows, and a refusal costs none.
+    try:
+        prepare(attempt, job, deadline)
+    except StoppedError as stopped:
+        return _stopped(stopped.args[0], {"steps": 0})
+    from trainers.attempt.report_writer import report_writer
+
+    ray.init(logging_level=logging.WARNING)
+    with report_writer(attempt) as reports:
+        _fit_with_restarts(attempt, job, reports, deadline)
+        products = reports.products
+    if products is None:
+        raise WorkerLostError("the workers ended without a last report")
+    summary = dict(products["summary"])
+    if summary["stopped"]:
+        return _stopped(str(products["stop_reason"] or "stopped_by_user"), summary)
+    attempt.events.write(phase="publish")
+    attempt.events.flush()
+    _publish(attempt, job, products)
+    message = f"{job.output_model} after {summary['steps']} steps"
+    return Result(outcome="completed", message=message, time=utc_text(), summary=summary)
+
+
+def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: Any, deadline: float | None) -> None:
+    """Run the workers to their end; after lost ones again from the newest checkpoint, up to `max_retries` times."""
+    for restart in range(1, int(job.advanced["max_retries"]) + 2):
+        try:
+            _fit(attempt, job, reports.callback(), deadline)
+            return
+        except WorkerLostError as error:
+            if restart > int(job.advanced["max_retries"]):
+                raise
+            whole = attempts.checkpoints(attempt.storage, job.id)
+            step = whole[-1].step if whole else 0
+            again = max(0, reports.last_step - step)
+            logger.warning("%s: %s", job.id, error.message)
+            what = "the workers hung" if isinstance(error, HungError) else "a worker was lost"
+            attempt.events.write(
+                f"{what} ({error.message}); restart {restart} goes on from step {step}, {again} steps are done again",
+                restart=restart,
+                resumed_from_step=step,
+                steps_redone=again,
+                **(error.as_data() if isinstance(error, HungError) else {}),
+            )
+            attempt.events.flush()
+            time.sleep(attempts.retry_pause_s(restart))
+
+
+def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None) -> None:
+    """One run of TorchTrainer. Raises WorkerLostError, UnavailableError where Ray is lost, or what a worker raised."""
+    from ray.exceptions import RayError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+    from trainers.recipe.device import collective_backend
+    from trainers.text_job.worker_entry import train_worker
+    from trainers.text_job.worker_task import WorkerTask
+
+    folder = attempt.settings.home / "runs"
+    name = f"{attempt.name}-{secrets.token_hex(4)}"
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": WorkerTask(job, attempt.number, attempt.storage.url, deadline, name)},
+        scaling_config=ScalingConfig(
+            num_workers=job.cards, use_gpu="GPU" in job.resources, resources_per_worker=dict(job.resources)
+        ),
+        torch_config=TorchConfig(backend=collective_backend(job.resources)),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(folder),
+            callbacks=[callback],
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+        ),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        raise _hang(name, job.cards, attempt.settings.hang_timeout_s) or _cause(error.worker_failures) from error
+    except TrainingFailedError as error:
+        raise WorkerLostError(f"Ray Train gave up: {_first_line(error)}") from error
+    except RayError as error:
+        # Its controller lives on this driver's node: where it dies, Ray is going down.
+        raise UnavailableError(f"Ray was lost: {_first_line(error)}") from error
+    finally:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+class HungError(WorkerLostError):
+    """The workers made no progress, and ended themselves."""
+
+    def __init__(self, timeout_s: float, *, spoke: Sequence[int], silent: Sequence[int]) -> None:
+        """`spoke`: ranks that said in their logs where they stood. `silent`: those that could not even do that."""
+        message = f"no progress for {timeout_s:g} s: {_workers(spoke)} said where they stood, in their logs"
+        super().__init__(message + (f"; {_workers(silent)} said nothing" if silent else ""))
+        self._spoke, self._silent = list(spoke), list(silent)
+
+    def as_data(self) -> dict[str, Any]:
+        """For an event."""
+        return {"hung": {"spoke": self._spoke, "silent": self._silent}}
+
+
+def _hang(run: str, cards: int, timeout_s: float) -> HungError | None:
+    """That the run's workers ended for they hung; None where none of them said so."""
+    from trainers.text_job import hangs
+
+    spoke = hangs.take_hangs(run)
+    if not spoke:
+        return None
+    return HungError(timeout_s, spoke=spoke, silent=[rank for rank in range(cards) if rank not in spoke])
+
+
+def _workers(ranks: Sequence[int]) -> str:
+    return f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _cause(failures: Mapping[int, BaseException]) -> BaseException:
+    """Why the workers ended: an error that one raised on purpose before all, for its peers then fail as well."""
+    errors = list(failures.values())
+    for error in errors:
+        if isinstance(error, TunesmithError):
+            return error
+    for rank, error in failures.items():
+        if is_out_of_memory(error):
+            return OutOfMemoryError(
+                f"worker {rank} ran out of memory: {_first_line(error)}",
+                hint="lower per_device_train_batch_size or max_seq_length, or choose a larger flavor",
+            )
+    lost = [rank for rank, error in failures.items() if _is_loss(error)]
+    if lost:
+        return WorkerLostError(f"worker {', '.join(map(str, lost))}: {_first_line(failures[lost[0]])}")
+    return errors[0]
+
+
+def _is_loss(error: BaseException) -> bool:
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    # A worker whose peer is gone sees its connection closed.
+    return isinstance(error, (RayError, RayTrainError)) or "Connection closed by peer" in str(error)
+
+
+def _stopped(reason: str, summary: dict[str, Any]) -> Result:
+    if reason == "worker_lost":
+        raise LeaseLostError("the attempt was given up for lost")
+    words = {"time_limit": "its time was up", "stopped_by_user": "it was stopped"}
+    where = "before its first step"
+    if summary["steps"]:
+        where = f"at step {summary['steps']} of {summary['total_steps']}, "
+        # None where storage did not take it.
+        saved = summary["checkpoint_step"]
+        where += "without a checkpoint" if saved is None else f"with the checkpoint of step {saved}"
+    message = f"{words.get(reason, reason)} {where}"
+    return Result(outcome="stopped", reason=reason, message=message, time=utc_text(), summary=summary)
+
+
+def _publish(attempt: Attempt, job: TrainJob, products: Mapping[str, Any]) -> None:
+    base = Manifest.model_validate_json(_read(attempt, job.model_url))
+    _, name, version = output(job)
+    catalog.publish(
+        attempt.storage,
+        Manifest(
+            kind="model",
+            name=name,
+            version=version,
+            files=[File.model_validate(file) for file in products["files"]],
+            created_at=utc_text(),
+            account=job.account,
+            job=job.id,
+            task_type=job.training_type,
+            framework=base.framework,
+            license=base.license,
+            base=job.model,
+            dataset=job.dataset,
+            details={**base.details, "adapter": True, "merged": bool(job.advanced["merge_adapter"])},
+        ),
+    )
+
+
+def _read(attempt: Attempt, url: str) -> bytes:
+    return open_patiently(url, attempt.settings).get("manifest.json")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -1,0 +1,21 @@
+"""What the driver hands to every worker; light to import, for the driver and Ray Train's controller hold it as well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tunesmith.jobs.spec import TrainJob
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """A worker's part in a run of the workers."""
+
+    job: TrainJob
+    attempt: int
+    root: str
+    """URL of the storage that holds the job's folder."""
+    deadline: float | None
+    """When the job's time is up, seconds since the epoch."""
+    run: str
+    """Name of this run of the workers: a restart's is another."""
