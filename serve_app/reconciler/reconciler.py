@@ -14,7 +14,7 @@ from functools import partial
 from serve_app.reconciler.launcher import Launcher, submission_id
 from serve_app.reconciler.lease import LeasedRecords
 from serve_app.reconciler.scheduler import take_turns
-from serve_app.reconciler.supervisor import Watch, became
+from serve_app.reconciler.supervisor import Supervisor, became
 from tunesmith.errors import ConflictError, LeaseLostError, SpecError, StorageError, UnavailableError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.spec import parse_job
@@ -49,7 +49,7 @@ class Reconciler:
         self._settings = settings
         self._clock = clock
         self._records = LeasedRecords(store, LEASE, holder=holder, duration_s=settings.lease_s, clock=clock)
-        self._watch = Watch(self._records, storage, launcher, settings, clock)
+        self._supervisor = Supervisor(self._records, storage, launcher, settings, clock)
         self._looked_at: float | None = None
         self._strangers: set[str] = set()
         """Folders that hold no job which could be adopted; said once."""
@@ -69,7 +69,7 @@ class Reconciler:
                 self._guarded(record.id, partial(self._write_down, record))
             self._guarded("queue", self._start_next)
             for record in self._records_in(*ON_CLUSTER):
-                self._guarded(record.id, partial(self._watch.step, record))
+                self._guarded(record.id, partial(self._supervisor.step, record))
             for job_id in self._records.store.deleted_unpurged():
                 self._guarded(job_id, partial(self._purge, job_id))
         except LeaseLostError as error:
@@ -110,7 +110,7 @@ class Reconciler:
         self._records.change(record, Change(state="queued"))
 
     def _start_next(self) -> None:
-        """`queued` → `preparing`, as turns and resources allow; the watch then submits."""
+        """`queued` → `preparing`, as turns and resources allow; the supervisor then submits."""
         for record in self._records_in("queued"):
             if (record.id, record.status.attempt + 1) not in self._unclaimed:
                 self._guarded(record.id, partial(self._take_claimed, record))

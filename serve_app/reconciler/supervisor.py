@@ -47,7 +47,7 @@ _WAY = {
 logger = logging.getLogger(__name__)
 
 
-class Watch:
+class Supervisor:
     """One `step` a round for every job on the cluster. All it remembers can be lost and is found again."""
 
     def __init__(
