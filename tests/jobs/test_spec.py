@@ -1,7 +1,6 @@
-"""Specs, flavors, settings and errors: what is given comes back checked, or refused with its name."""
+"""Specs, flavors and errors: what is given comes back checked, or refused with its name."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 
@@ -9,7 +8,6 @@ from tunesmith.errors import ConflictError, DataError, SpecError
 from tunesmith.jobs.flavors import get_flavor, load_flavors
 from tunesmith.jobs.spec import RegisterSpec, TrainSpec, parse_spec
 from tunesmith.jobs.states import FINAL, MOVES, Change, Status, apply, replay
-from tunesmith.settings import Settings
 
 ORDER = {"model": "m@1", "dataset": "d@1", "flavor": "cpu-small", "output_model": "new"}
 
@@ -48,19 +46,6 @@ def test_a_flavor_asks_for_its_accelerator_by_rays_name() -> None:
     assert get_flavor("cpu-small").resources() == {"CPU": 1}
     assert get_flavor("gpu-1").resources() == {"CPU": 4, "GPU": 1}
     assert {flavor.accelerator for flavor in load_flavors().values()} == {"CPU", "GPU", "NPU"}
-
-
-def test_settings_survive_the_environment(tmp_path: Path) -> None:
-    settings = Settings.from_env({"TUNESMITH_HOME": str(tmp_path), "TUNESMITH_PORT": "8123", "PATH": "/bin"})
-    assert settings.port == 8123
-    assert Settings.from_env(settings.to_env()) == settings
-
-
-def test_an_unknown_or_malformed_setting_is_refused() -> None:
-    with pytest.raises(SpecError):
-        Settings.from_env({"TUNESMITH_PROT": "1"})
-    with pytest.raises(SpecError):
-        Settings.from_env({"TUNESMITH_PORT": "http"})
 
 
 def test_errors_pickle_whole() -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -199,7 +199,7 @@ def test_an_attempt_whose_patience_is_at_its_end_is_lost_and_another_follows(run
     )
     running.storage.put(layout.job_json(job.id), job.model_dump_json().encode())
     # The first attempt is started without the door, with less patience than the door would give it.
-    impatient = replace(running.settings, storage_patience_s=5)
+    impatient = running.settings.model_copy(update={"storage_patience_s": 5})
     code = (
         "import sys; from serve_app.reconciler.launcher import RayLauncher; from tunesmith.settings import Settings; "
         "RayLauncher(Settings.from_env()).submit(sys.argv[1], 1, sys.argv[2])"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from typing import Any
 
 from trainers.attempt.fetch import fetch
@@ -65,7 +64,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         # Somebody waits for the answer: a storage that is away is said at once.
-        settings = replace(Settings.from_env(), storage_patience_s=0)
+        settings = Settings.from_env().model_copy(update={"storage_patience_s": 0})
         report = audit_order(parse_spec(json.load(sys.stdin)), settings, limit=arguments.rows)
     except TunesmithError as error:
         sys.stdout.write(json.dumps({"error": {**error.as_dict(), "status": error.status}}))

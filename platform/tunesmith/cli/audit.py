@@ -10,11 +10,10 @@ import typer
 
 from tunesmith.cli import rendering
 from tunesmith.cli.jobs import JobId
-from tunesmith.cli.session import REFUSED, AsJson, messages, open_client, output
+from tunesmith.cli.session import REFUSED, AsJson, messages, open_client, output, read_settings
 from tunesmith.cli.spec_files import with_flags
 from tunesmith.cli.submit import Advanced, Set, Type
 from tunesmith.errors import TunesmithError, UnavailableError
-from tunesmith.settings import Settings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,7 +74,7 @@ def show_audit(job_id: JobId, as_json: AsJson = False) -> None:
 
 def _run(order: dict[str, Any], rows: int | None) -> dict[str, Any]:
     """Audit in a process of its own: tokenizers are no part of the command line."""
-    settings = Settings.from_env()
+    settings = read_settings()
     command = [
         settings.python,
         "-m",

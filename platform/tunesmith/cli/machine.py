@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.session import UNREACHABLE, AsJson, messages, open_client, output
+from tunesmith.cli.session import UNREACHABLE, AsJson, messages, open_client, output, read_settings
 from tunesmith.errors import TunesmithError
-from tunesmith.settings import Settings
 
 if TYPE_CHECKING:
     from tunesmith.api.client import Client
@@ -25,7 +24,7 @@ def up(
     """Start Ray and the front door on this machine, or what of them is missing."""
     from tunesmith.local import local_platform
 
-    settings = Settings.from_env()
+    settings = read_settings()
     with messages().status("starting") as status:
         started = local_platform.up(
             settings, num_cpus=num_cpus, object_store_memory=object_store_memory, door=door, on_step=status.update
@@ -43,7 +42,7 @@ def down() -> None:
     """End everything that `up` started, jobs included; they go on when it is up again."""
     from tunesmith.local import local_platform
 
-    ended = local_platform.down(Settings.from_env())
+    ended = local_platform.down(read_settings())
     output().print(f"Tunesmith is down: {ended} processes ended." if ended else "Tunesmith was not running.")
 
 
@@ -51,7 +50,7 @@ def status(as_json: AsJson = False) -> None:
     """What runs, and where."""
     from tunesmith.local import local_platform
 
-    settings = Settings.from_env()
+    settings = read_settings()
     platform = local_platform.running(settings)
     with open_client(settings) as client:
         door = {"url": client.url, **_health(client)}

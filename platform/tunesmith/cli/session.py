@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.errors import TunesmithError
-from tunesmith.settings import Settings
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console, RenderableType
 
     from tunesmith.api.client import Client
+    from tunesmith.settings import Settings
 
 FAILED, REFUSED, UNREACHABLE, STOPPED, INTERRUPTED = 1, 2, 3, 4, 130
 _BY_STATE = {"completed": 0, "failed": FAILED, "stopped": STOPPED}
@@ -25,11 +25,18 @@ _BY_STATE = {"completed": 0, "failed": FAILED, "stopped": STOPPED}
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON, and nothing else.")]
 
 
+def read_settings() -> Settings:
+    """The settings of this process; imported here, because `--help` needs none."""
+    from tunesmith.settings import Settings
+
+    return Settings.from_env()
+
+
 def open_client(settings: Settings | None = None) -> Client:
     """A client of the door that the environment names, or of this machine's."""
     from tunesmith.api.client import Client
 
-    settings = settings or Settings.from_env()
+    settings = settings or read_settings()
     url = os.environ.get("TUNESMITH_URL") or settings.door_url
     return Client(url, _token(settings, url))
 

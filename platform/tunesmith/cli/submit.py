@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli import rendering
-from tunesmith.cli.session import INTERRUPTED, AsJson, answer, follow_to_end, messages, open_client, output
+from tunesmith.cli.session import (
+    INTERRUPTED,
+    AsJson,
+    answer,
+    follow_to_end,
+    messages,
+    open_client,
+    output,
+    read_settings,
+)
 from tunesmith.cli.spec_files import read_order, with_flags
 from tunesmith.errors import SpecError
-from tunesmith.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.api.client import Client
     from tunesmith.jobs.spec import RegisterSpec, TrainSpec
+    from tunesmith.settings import Settings
 
 File = Annotated[str | None, typer.Argument(help="The order as YAML or JSON; `-`: from stdin. Flags override it.")]
 Model = Annotated[str | None, typer.Option(metavar="NAME[@VERSION]", help="What to tune.")]
@@ -99,7 +108,7 @@ def render(
 
     flags = _flags(model, dataset, training_type, method, flavor, cards, output_model, name, priority, max_run_time_s)
     spec = _spec(file, flags, set_, advanced)
-    settings = Settings.from_env()
+    settings = read_settings()
     storage = open_storage(settings.storage_url, settings)
     job_id = new_job_id()
     job = draft(
@@ -119,6 +128,7 @@ def render(
 def submit_command(url: str, settings: Settings) -> str:
     """The shell line with which Ray runs the job of that job.json on this installation's cluster."""
     from tunesmith.local.local_platform import token_environment
+    from tunesmith.settings import Settings
 
     home = {"TUNESMITH_HOME": str(settings.home)}
     defaults = Settings.from_env(home).to_env()
