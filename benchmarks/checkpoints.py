@@ -23,7 +23,7 @@ from benchmarks import cpu_lora
 from benchmarks.memory import recipe_arguments
 from benchmarks.peers.environments import smollm2
 from benchmarks.results_file import figure, say, write_results
-from tests.support.s3_fixture import BUCKET, endpoint, free_ports, s3_keys, s3_process
+from benchmarks.s3_server import BUCKET, endpoint, free_ports, s3_keys, s3_process
 from trainers.recipe.training_loop import Hooks, train
 from trainers.text.shards import TokenizedRows
 from trainers.text_job.checkpoint_uploads import Uploads

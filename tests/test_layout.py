@@ -1,5 +1,7 @@
 """The promises of the layout: source root, import layers' ground, names."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +54,29 @@ def test_a_jobs_url_gives_its_root_and_id_again(root: str) -> None:
 def test_a_url_that_is_no_jobs_is_refused() -> None:
     with pytest.raises(SpecError):
         layout.split_job_url("s3://bucket/models/x/1/manifest.json")
+
+
+def imported_by(path: Path) -> set[str]:
+    """The modules that a file imports, with the code that it holds as text."""
+    tree = ast.parse(path.read_text())
+    found = {f"{node.module}.{name.name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+             for name in node.names}  # fmt: skip
+    found |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return found | {name for text in texts for name in re.findall(r"^\s*from (tests[\w.]+) import", text, re.MULTILINE)}
+
+
+def test_no_test_imports_another_and_no_program_that_ships_imports_a_test() -> None:
+    tests = {path: imported_by(path) for path in (ROOT / "tests").rglob("*.py")}
+    shipped = {
+        path: imported_by(path)
+        for folder in ("platform", "trainers", "serve_app", "cluster_configs", "benchmarks", "demo", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert len(tests) > 50 and len(shipped) > 100
+    assert [(path, name) for path, names in tests.items() for name in names if re.search(r"\.test_\w+", name)] == []
+    assert [(path, name) for path, names in shipped.items() for name in names if re.match(r"tests\b", name)] == []
+
+
+def test_what_tests_share_fits_one_folder() -> None:
+    assert len(list((ROOT / "tests" / "support").glob("*.py"))) <= 20

@@ -18,17 +18,6 @@ from trainers.recipe.kernels import cross_entropy
 from trainers.recipe.lora import LoraLinear, load_model
 from trainers.recipe.loss import loss_sum
 from trainers.text.shards import TokenizedRows
-from trainers.text.tokenization import tokenize_rows
-
-
-def tokens(count: int) -> TokenizedRows:
-    return tokenize_rows(
-        tiny.sums(count),
-        tiny.make_tokenizer(),
-        hyperparameters=tiny.hyperparameters(),
-        advanced=tiny.advanced(),
-        training_type="text-question-answering",
-    )
 
 
 def options(**given: object) -> argparse.Namespace:
@@ -66,7 +55,7 @@ def test_the_flops_of_a_step_are_those_of_the_models_products(tmp_path: Path, mo
 
 
 def test_peers_are_given_the_rows_of_the_recipes_steps(tmp_path: Path) -> None:
-    rows = tokens(12)
+    rows = tiny.tokens(12)
     work = cpu_lora.prepare(rows, tmp_path, tmp_path, options())
     given = [json.loads(line) for line in Path(work.rows).read_text().splitlines()]
     plan = batch_plan(rows, work)
@@ -98,7 +87,7 @@ def test_only_what_ran_in_every_round_has_figures() -> None:
 def test_ours_and_the_plain_trainer_have_the_same_losses(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     model = tiny.make_model(tmp_path / "model")
-    work = cpu_lora.prepare(tokens(16), model, tmp_path, options())
+    work = cpu_lora.prepare(tiny.tokens(16), model, tmp_path, options())
     lines: list[str] = []
     ours = cpu_lora.run_contestant("ours", work, options(), lines)
     plain = cpu_lora.run_contestant("hf_plain", work, options(), lines)

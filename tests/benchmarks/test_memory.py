@@ -9,7 +9,7 @@ from benchmarks import memory
 from benchmarks.cpu_lora import Run
 from benchmarks.memory import Cell
 from benchmarks.results_file import figure
-from tests.benchmarks.test_cpu_lora import tokens
+from tests.support import tiny
 
 
 def run(gib: float, loss: float = 2.0) -> Run:
@@ -18,7 +18,7 @@ def run(gib: float, loss: float = 2.0) -> Run:
 
 
 def test_rows_are_the_files_tokens_in_order_cut_to_the_length() -> None:
-    rows = tokens(12)
+    rows = tiny.tokens(12)
     cut = memory.cut_rows(rows, length=24, count=5)
     assert cut.lengths.tolist() == [24] * 5
     for part in ("ids", "trained"):

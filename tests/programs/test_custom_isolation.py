@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.support import galleries, jobs
+from tests.support.publishing import publish
 from tests.support.ray_fixture import Running
 from trainers.programs import sandbox
 from trainers.programs.program import Program
@@ -112,7 +113,7 @@ def other_job(platform: Running, tmp_path_factory: pytest.TempPathFactory) -> st
 
 def run(running: Running, folder: Path, name: str, train: str, **order: Any) -> Any:
     model = galleries.make(folder / name, train, parameters=PARAMETERS)
-    assert running.client.wait(running.client.register_model(name, str(model)).id).state == "completed"
+    publish(running, "model", name, model)
     given = {"model": name, "dataset": "isolated", "flavor": "cpu-small", "output_model": f"{name}-new", **order}
     job = running.client.submit(TrainSpec(**given))
     ended = running.client.wait(job.id)

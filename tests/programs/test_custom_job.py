@@ -1,60 +1,26 @@
 """Custom jobs on a platform that really runs: a model's own train.py, isolated, from the order to the new model."""
 
 import json
-import textwrap
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support import galleries, jobs
+from tests.support import galleries, jobs, programs
+from tests.support.programs import Start
 from tests.support.ray_fixture import Running
-from tunesmith.api.views import JobView
-from tunesmith.jobs.spec import TrainSpec
 
 pytestmark = pytest.mark.ray
 
-PARAMETERS = {
-    "training_methods": [
-        {"name": "full", "hyperparameters": [{"name": "epochs", "type": "int", "required": True, "default": 3}]}
-    ]
-}
-TRAIN = """
-import json, os, pathlib, signal, socket, subprocess, sys, time
-env = os.environ
-params = json.loads(env["ENV_AG_USER_PARAMS"])
-output = pathlib.Path(env["ENV_AG_TRAIN_OUTPUT_DIR"])
-metrics = pathlib.Path(env["ENV_AG_USER_METRICS_LOG_PATH"])
-"""
-
 
 @pytest.fixture(scope="module")
-def data(platform: Running, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "rows.csv").write_text("x,y\n1,2\n")
-    assert platform.client.wait(platform.client.register_dataset("points", str(folder)).id).state == "completed"
-
-
-class Start:
-    def __init__(self, running: Running, folder: Path) -> None:
-        self._running, self._folder, self._count = running, folder, 0
-
-    def __call__(self, train: str, *, files: dict[str, str] | None = None, **order: Any) -> JobView:
-        """Register a model with this end of its train.py, and order a job."""
-        self._count += 1
-        source = TRAIN + textwrap.dedent(train)
-        name = f"m{abs(hash(self._folder.name)) % 10**9}-{self._count}"
-        folder = galleries.make(self._folder / name, source, parameters=PARAMETERS, **(files or {}))
-        registered = self._running.client.wait(self._running.client.register_model(name, str(folder)).id)
-        assert registered.state == "completed", registered
-        given = {"model": name, "dataset": "points", "flavor": "cpu-small", "output_model": f"{name}-new", **order}
-        return self._running.client.submit(TrainSpec(**given))
+def data(platform: Running, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return programs.publish_points(platform, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def start(platform: Running, data: None, tmp_path: Path) -> Start:
-    return Start(platform, tmp_path)
+def start(platform: Running, data: str, tmp_path: Path) -> Start:
+    return Start(platform, tmp_path, data)
 
 
 def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:

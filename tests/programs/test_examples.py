@@ -7,6 +7,7 @@ import pytest
 
 from examples.topics.__main__ import make as make_topics
 from tests.support import jobs
+from tests.support.publishing import publish
 from tests.support.ray_fixture import Running
 from tunesmith.assets.model_folder import read_model_folder
 from tunesmith.jobs.spec import TrainSpec
@@ -25,11 +26,8 @@ def test_an_example_is_a_valid_model(folder: Path) -> None:
 @pytest.mark.ray
 def test_spirals_are_told_apart_by_two_workers_as_by_one(platform: Running) -> None:
     client, folder = platform.client, EXAMPLES / "spirals"
-    for job in (
-        client.register_model("spirals", str(folder / "model")),
-        client.register_dataset("spirals", str(folder / "data")),
-    ):
-        assert client.wait(job.id).state == "completed"
+    publish(platform, "model", "spirals", folder / "model")
+    publish(platform, "dataset", "spirals", folder / "data")
     order = {"model": "spirals", "dataset": "spirals", "flavor": "cpu-small", "output_model": "told-apart"}
     curves = []
     for cards in (1, 2):
@@ -45,11 +43,8 @@ def test_spirals_are_told_apart_by_two_workers_as_by_one(platform: Running) -> N
 @pytest.mark.ray
 def test_a_pretrained_encoder_becomes_a_classifier(platform: Running, tmp_path: Path) -> None:
     client = platform.client
-    for job in (
-        client.register_model("topics", str(make_topics(tmp_path / "model"))),
-        client.register_dataset("topics", str(EXAMPLES / "topics" / "data")),
-    ):
-        assert client.wait(job.id).state == "completed"
+    publish(platform, "model", "topics", make_topics(tmp_path / "model"))
+    publish(platform, "dataset", "topics", EXAMPLES / "topics" / "data")
     view = client.model("topics")
     assert (view.training and view.training.allowed) == ["custom"], "an encoder is no causal language model"
     order = {"model": "topics", "dataset": "topics", "flavor": "cpu-small", "output_model": "sorted", "method": "full"}

@@ -1,58 +1,53 @@
 """Jobs of models with an image of their own, on a platform that really runs: from the card to the new model."""
 
 import json
-import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.programs.test_custom_job import PARAMETERS, TRAIN
-from tests.support import galleries, jobs
+from tests.support import galleries, jobs, programs
+from tests.support.programs import Start
 from tests.support.ray_fixture import Running
 from tunesmith import processes
 from tunesmith.api.views import JobView
-from tunesmith.jobs.spec import TrainSpec
 
 pytestmark = pytest.mark.ray
 
 
-class Start:
-    def __init__(self, running: Running, folder: Path, image: str) -> None:
-        self._running, self._folder, self._image, self._count = running, folder, image, 0
+@dataclass
+class StartInImage:
+    """Publishes a model with an image and this end of its `train.py`, and orders a job."""
+
+    start: Start
+    image: str
 
     def __call__(self, train: str, *, image: str | None = None, command: str | None = None, **order: Any) -> JobView:
-        """Register a model with this image and this end of its train.py, and order a job."""
-        self._count += 1
-        name = f"boxed-{abs(hash(self._folder.name)) % 10**9}-{self._count}"
-        card = f"Train_image_url: {image or self._image}\nTrain_command_path: {command or 'gallery_train/train.py'}\n"
-        folder = galleries.make(self._folder / name, TRAIN + textwrap.dedent(train), parameters=PARAMETERS, card=card)
-        (folder / "run.sh").write_text(
-            '[[ $FROM_IMAGE == yes ]] && exec python3 "$ENV_AG_MODEL_DIR/gallery_train/train.py"'
-        )
-        if image is not None and "." in image:
-            (folder / "image.tar").hardlink_to(self._image.removeprefix("docker-archive:"))
-        registered = self._running.client.wait(self._running.client.register_model(name, str(folder)).id)
-        assert registered.state == "completed", registered
-        given = {"model": name, "dataset": "rows", "flavor": "cpu-small", "output_model": f"{name}-new", **order}
-        return self._running.client.submit(TrainSpec(**given))
+        def complete(folder: Path) -> None:
+            (folder / "run.sh").write_text(
+                '[[ $FROM_IMAGE == yes ]] && exec python3 "$ENV_AG_MODEL_DIR/gallery_train/train.py"'
+            )
+            if image is not None and "." in image:
+                (folder / "image.tar").hardlink_to(self.image.removeprefix("docker-archive:"))
+
+        card = f"Train_image_url: {image or self.image}\nTrain_command_path: {command or 'gallery_train/train.py'}\n"
+        return self.start(train, card=card, complete=complete, **order)
 
 
 @pytest.fixture(scope="module")
-def data(platform: Running, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "rows.csv").write_text("x,y\n1,2\n")
-    assert platform.client.wait(platform.client.register_dataset("rows", str(folder)).id).state == "completed"
+def data(platform: Running, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return programs.publish_points(platform, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def start(debian_image: Path, platform: Running, data: None, tmp_path: Path) -> Start:
-    return Start(platform, tmp_path, f"docker-archive:{debian_image}")
+def start(debian_image: Path, platform: Running, data: str, tmp_path: Path) -> StartInImage:
+    return StartInImage(Start(platform, tmp_path, data), f"docker-archive:{debian_image}")
 
 
-def test_a_model_with_an_image_becomes_a_new_model(platform: Running, start: Start) -> None:
+def test_a_model_with_an_image_becomes_a_new_model(platform: Running, start: StartInImage) -> None:
     train = """
     for step in range(1, params["epochs"] + 1):
         with metrics.open("a") as file:
@@ -107,7 +102,7 @@ def test_a_model_with_an_image_becomes_a_new_model(platform: Running, start: Sta
     assert not list((platform.settings.home / "runs").glob(f"{job.id}*"))
 
 
-def test_an_image_that_cannot_be_had_is_the_users_error(platform: Running, start: Start) -> None:
+def test_an_image_that_cannot_be_had_is_the_users_error(platform: Running, start: StartInImage) -> None:
     ended = platform.client.wait(start("", image="localhost:9/train:1", command="/train.py").id)
     assert (ended.state, ended.reason) == ("failed", "user_error")
     assert "the image localhost:9/train:1 could not be fetched" in (ended.message or "")
@@ -115,7 +110,7 @@ def test_an_image_that_cannot_be_had_is_the_users_error(platform: Running, start
     assert "connection refused" in jobs.log(platform, ended.id, "0")
 
 
-def test_a_stop_reaches_a_program_in_an_image(platform: Running, start: Start) -> None:
+def test_a_stop_reaches_a_program_in_an_image(platform: Running, start: StartInImage) -> None:
     job = start(galleries.SAVES_AT_SIGTERM)
     jobs.wait_for_log(platform, job, "waiting")
     platform.client.stop(job.id)
@@ -124,7 +119,9 @@ def test_a_stop_reaches_a_program_in_an_image(platform: Running, start: Start) -
     assert platform.storage.get(f"jobs/{job.id}/attempts/1/output/saved.txt") == b"in time"
 
 
-def test_a_lost_worker_takes_its_container_along_and_the_next_attempt_goes_on(platform: Running, start: Start) -> None:
+def test_a_lost_worker_takes_its_container_along_and_the_next_attempt_goes_on(
+    platform: Running, start: StartInImage
+) -> None:
     job = start("""
     if env["ENV_AG_OUTPUT_RESTORED"] == "1":
         (output / "second.txt").write_text((output / "first.txt").read_text())

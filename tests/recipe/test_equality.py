@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from tests.recipe.test_training_loop import tokens
 from tests.support import tiny, workers
 from trainers.recipe import lora, training_loop
 from trainers.recipe.ddp import Flat
@@ -53,7 +52,7 @@ def by_hand(model_folder: Path) -> tuple[float, Gradients]:
     config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     stock = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).train()
     stock.load_state_dict(ours.state_dict())
-    rows, total = tokens(BATCH), 0.0
+    rows, total = tiny.tokens(BATCH), 0.0
     count = sum(int(rows.trained(row)[1:].sum()) for row in range(BATCH))
     for row in range(BATCH):
         ids = torch.from_numpy(rows.ids(row).copy()).long()
@@ -73,7 +72,7 @@ def step(folder: Path, *, rows: int, passes: int, packing: str, worker: Worker =
     losses: list[float] = options.pop("losses")
     return train(
         folder,
-        tokens(BATCH),
+        tiny.tokens(BATCH),
         None,
         hyperparameters=tiny.hyperparameters(
             per_device_train_batch_size=rows, gradient_accumulation_steps=passes, max_grad_norm=1e6, lora_rank=4

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.recipe.test_training_loop import tokens
 from tests.support import tiny, workers
 from trainers.recipe import training_loop
 from trainers.recipe.memory import does_not_fit, largest_pass
@@ -20,7 +19,7 @@ ROWS = 1024
 
 
 def run(folder: Path, **hyperparameters: Any) -> int:
-    rows = tokens(ROWS)
+    rows = tiny.tokens(ROWS)
     # The C library keeps what is freed, so memory is that of the largest pass.
     outcome = train(
         folder,

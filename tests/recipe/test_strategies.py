@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipe.test_training_loop import assert_close, tokens
 from tests.support import tiny, workers
+from tests.support.tensors import assert_close
 from trainers.recipe import zero
 from trainers.recipe.checkpoint_files import MOMENTS
 from trainers.recipe.device import pick_device
@@ -45,8 +45,8 @@ def run(folder: Path, out: Path, strategy: str, worker: Worker = Worker(), **giv
 
     outcome = train(
         folder,
-        given.pop("rows", None) or tokens(19),  # the last step of an epoch leaves workers without rows
-        tokens(9),
+        given.pop("rows", None) or tiny.tokens(19),  # the last step of an epoch leaves workers without rows
+        tiny.tokens(9),
         hyperparameters=tiny.hyperparameters(
             per_device_train_batch_size=GLOBAL_ROWS // 2 // worker.world_size,
             gradient_accumulation_steps=2,

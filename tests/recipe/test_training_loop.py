@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import tiny, workers
+from tests.support.tensors import assert_close
 from trainers.recipe import training_loop
 from trainers.recipe.ddp import Flat
 from trainers.recipe.device import pick_device
@@ -17,8 +18,6 @@ from trainers.recipe.lora import load_model
 from trainers.recipe.loss import loss_sum
 from trainers.recipe.strategy import Worker
 from trainers.recipe.training_loop import Hooks, LossError, Outcome, schedule, train
-from trainers.text.shards import TokenizedRows
-from trainers.text.tokenization import tokenize_rows
 from tunesmith.errors import ModelError
 
 Losses = dict[int, float]
@@ -27,16 +26,6 @@ Losses = dict[int, float]
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("model"))
-
-
-def tokens(count: int) -> TokenizedRows:
-    return tokenize_rows(
-        tiny.sums(count),
-        tiny.make_tokenizer(),
-        hyperparameters=tiny.hyperparameters(),
-        advanced=tiny.advanced(),
-        training_type="text-question-answering",
-    )
 
 
 def run(
@@ -52,7 +41,7 @@ def run(
             losses[step], seen = values["loss"], step
 
     start_from, resume_from = options.pop("start_from", None), options.pop("resume_from", None)
-    rows, eval_rows = options.pop("rows", tokens(32)), options.pop("eval_rows", None)
+    rows, eval_rows = options.pop("rows", tiny.tokens(32)), options.pop("eval_rows", None)
     advanced = tiny.advanced(**options.pop("advanced", {}))
     evaluated = options.pop("evaluated", lambda step, model, loss: None)
     outcome = train(
@@ -80,18 +69,10 @@ def adapter(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter" / "adapter_model.safetensors")
 
 
-def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name} {text}"
-        )
-
-
 def _gloo_worker(rank: int, model_folder: Path, out: Path, queue: Any) -> None:
     torch.distributed.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=2)
     losses, outcome = run(
-        model_folder, out, worker=Worker(rank, 2, 0), per_device_train_batch_size=4, eval_rows=tokens(9)
+        model_folder, out, worker=Worker(rank, 2, 0), per_device_train_batch_size=4, eval_rows=tiny.tokens(9)
     )
     if rank == 0:
         queue.put((losses, outcome.eval_loss))
@@ -101,7 +82,7 @@ def _gloo_worker(rank: int, model_folder: Path, out: Path, queue: Any) -> None:
 def test_two_workers_do_what_one_does(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    one, outcome = run(model_folder, tmp_path / "one", per_device_train_batch_size=8, eval_rows=tokens(9))
+    one, outcome = run(model_folder, tmp_path / "one", per_device_train_batch_size=8, eval_rows=tiny.tokens(9))
     queue = workers.CONTEXT.SimpleQueue()
     workers.run_on(2, _gloo_worker, model_folder, tmp_path / "two", queue)
     two, eval_loss = queue.get()
@@ -138,7 +119,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(model_folder: Path, tm
 
 
 def test_a_run_begins_with_an_earlier_adapter(model_folder: Path, tmp_path: Path) -> None:
-    data = {"eval_rows": tokens(8), "max_steps": 4}
+    data = {"eval_rows": tiny.tokens(8), "max_steps": 4}
     (tmp_path / "second").mkdir()
     _, first = run(model_folder, tmp_path, **data)
     _, second = run(model_folder, tmp_path / "second", start_from=tmp_path / "adapter", **data)
@@ -167,7 +148,7 @@ def test_the_loss_falls_and_the_adapter_loads_in_stock_peft(model_folder: Path, 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    held_out = tokens(16)
+    held_out = tiny.tokens(16)
     losses, outcome = run(model_folder, tmp_path, advanced={"num_train_epochs": 10}, eval_rows=held_out)
     assert outcome.eval_loss is not None
     assert outcome.eval_loss_before is not None
@@ -204,7 +185,7 @@ def test_held_out_rows_are_evaluated_before_at_checkpoints_and_at_the_end_and_ch
     (tmp_path / "plain").mkdir()
     plain, _ = run(model_folder, tmp_path / "plain", save_steps=3, lora_dropout=0.3)
     (tmp_path / "evaluated").mkdir()
-    options = {"save_steps": 3, "lora_dropout": 0.3, "eval_rows": tokens(16), "evaluated": evaluated}
+    options = {"save_steps": 3, "lora_dropout": 0.3, "eval_rows": tiny.tokens(16), "evaluated": evaluated}
     losses, outcome = run(model_folder, tmp_path / "evaluated", **options)
     assert losses == plain
     assert list(seen) == [0, 3, 6, 8]
@@ -229,7 +210,7 @@ def test_who_goes_on_from_a_checkpoint_finds_it_evaluated(model_folder: Path, tm
     def evaluated(step: int, model: Any, loss: float) -> None:
         saved[step] = sorted(path.name for path in tmp_path.iterdir())
 
-    run(model_folder, tmp_path, save_steps=3, eval_rows=tokens(8), evaluated=evaluated)
+    run(model_folder, tmp_path, save_steps=3, eval_rows=tiny.tokens(8), evaluated=evaluated)
     assert saved == {0: [], 3: [], 6: ["3"], 8: ["3", "6", "8"]}
 
 
@@ -238,7 +219,7 @@ def test_an_evaluation_ends_where_the_run_is_to_stop(model_folder: Path, tmp_pat
     losses, outcome = run(
         model_folder,
         tmp_path,
-        eval_rows=tokens(16),
+        eval_rows=tiny.tokens(16),
         stop_at=1,
         evaluated=lambda step, model, loss: evaluated.append(step),
     )
@@ -251,7 +232,7 @@ def test_logits_at_the_trained_places_alone_give_the_models_own_loss(model_folde
 
     device = pick_device()
     model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(), device).eval()
-    rows = tokens(5)
+    rows = tiny.tokens(5)
     padded = pad(rows, [0, 1, 2, 3, 4], device.torch_device)
     ids = padded.ids
     padding = torch.tensor([[at < rows.lengths[row] for at in range(ids.shape[1])] for row in range(len(rows))])
@@ -307,7 +288,7 @@ def test_a_run_that_breaks_says_the_step_its_rows_and_the_last_good_checkpoint(
     with pytest.raises(LossError) as caught:
         # It is not looked at before the tenth step, but for the checkpoint of the eighth.
         run(model_folder, tmp_path, logging_steps=10, save_steps=4, advanced={"num_train_epochs": 4})
-    rows = training_loop.BatchPlan(tokens(32).lengths, batch_rows=4, passes=1, world_size=1, seed=0).rows(7)
+    rows = training_loop.BatchPlan(tiny.tokens(32).lengths, batch_rows=4, passes=1, world_size=1, seed=0).rows(7)
     assert "step 7 is not a number" in str(caught.value)
     assert f"counts them: {', '.join(map(str, sorted(rows)))};" in str(caught.value)
     assert "the last good checkpoint is that of step 4" in str(caught.value)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipe.test_training_loop import tokens
 from tests.support import tiny
 from trainers.recipe.training_loop import Hooks, train
 from trainers.text.shards import TokenizedRows
@@ -39,7 +38,7 @@ def test_the_twins_end_with_the_same_held_out_loss(tmp_path: Path) -> None:
 
     The twins take the same steps, so they lie closer together than runs of different seeds do.
     """
-    folder, rows, eval_rows = tiny.make_model(tmp_path), tokens(64), tokens(16)
+    folder, rows, eval_rows = tiny.make_model(tmp_path), tiny.tokens(64), tiny.tokens(16)
     slow = [held_out_loss(folder, rows, eval_rows, seed=seed, fast=False) for seed in range(4)]
     noise = statistics.stdev(slow)
     fast = held_out_loss(folder, rows, eval_rows, seed=0, fast=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.s3_fixture import BUCKET, S3Server, free_ports
+from benchmarks.s3_server import BUCKET, free_ports
+from tests.support.s3_fixture import S3Server
 from tunesmith.errors import DataError, NotFoundError, SpecError, StorageError
 from tunesmith.settings import Settings
 from tunesmith.storage.base import Entry, Storage

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from tests.support import tiny
+from tests.support.publishing import publish
 from tests.support.ray_fixture import Running
 from tests.support.waiting import until
 from tunesmith.api.client import read_on
@@ -34,9 +35,10 @@ def make_sources(folder: Path) -> tuple[Path, Path]:
     return model, data
 
 
-def register(running: Running, model: Path, data: Path) -> None:
-    for job in (running.client.register_model("tiny", str(model)), running.client.register_dataset("tiny", str(data))):
-        assert running.client.wait(job.id).state == "completed"
+def publish_sources(running: Running, folder: Path) -> None:
+    """Publish the tiny model and dataset, both by the name `tiny`."""
+    for asset, source in zip(("model", "dataset"), make_sources(folder), strict=True):
+        publish(running, asset, "tiny", source)
 
 
 def spec(**given: Any) -> TrainSpec:
@@ -108,6 +110,16 @@ def kill(running: Running, part: str) -> int:
     os.kill(process.pid, 9)
     process.wait(10)
     return process.pid
+
+
+def driver(running: Running, job_id: str) -> psutil.Process:
+    """The process that drives this job."""
+    for process in local_platform.processes_of(running.started):
+        with suppress(psutil.NoSuchProcess):
+            command = process.cmdline()
+            if command[1:3] == ["-m", "trainers"] and job_id in command[3]:
+                return process
+    raise AssertionError(f"{job_id} has no driver")
 
 
 def checkpoint_steps(running: Running, job_id: str) -> list[int]:

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from tests.support.s3_fixture import free_ports
+from benchmarks.s3_server import free_ports
 from tunesmith.api.client import Client
 from tunesmith.local import local_platform
 from tunesmith.settings import Settings

@@ -1,10 +1,15 @@
 """A causal language model of a few thousand weights, with a tokenizer and a chat template, made from nothing."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.hyperparameters import ADVANCED, resolve
 from tunesmith.jobs.spec import TrainJob
+
+if TYPE_CHECKING:
+    from trainers.text.shards import TokenizedRows
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -27,6 +32,25 @@ def make_tokenizer() -> Any:
         tokenizer_object=raw,
         pad_token="<|pad|>",
         eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_word_tokenizer() -> Any:
+    """Every word is a token: fast, so that the data can be large."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|end|>", "<|unknown|>", "<|user|>", "<|assistant|>"]
+    vocabulary = {word: number for number, word in enumerate([*special, *(f"w{n}" for n in range(1000))])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<|end|>",
+        unk_token="<|unknown|>",
         additional_special_tokens=["<|user|>", "<|assistant|>"],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -79,6 +103,19 @@ def sums(count: int) -> list[dict[str, str]]:
         {"prompt": f"say {chr(97 + n % 26)} {'x' * (n % 7)}", "response": chr(97 + n % 26) * (1 + n % 5)}
         for n in range(count)
     ]
+
+
+def tokens(count: int) -> TokenizedRows:
+    """So many rows of `sums`, tokenised."""
+    from trainers.text.tokenization import tokenize_rows
+
+    return tokenize_rows(
+        sums(count),
+        make_tokenizer(),
+        hyperparameters=hyperparameters(),
+        advanced=advanced(),
+        training_type="text-question-answering",
+    )
 
 
 def at_work(model: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support import families, tiny
-from tests.text.test_mask_cases import _right_cut, _tokenised_whole
+from tests.support.encoder_faults import right_cut, tokenised_whole
 from trainers.text.audit import audit, refuse
 from trainers.text.tokenization import tokenize_rows
 from tunesmith.errors import DataError
@@ -90,7 +90,7 @@ def test_plain_text_is_audited_too() -> None:
 @pytest.mark.parametrize(
     ("target", "attribute", "without", "code", "tokenizer", "data", "options"),
     [
-        (encoder_module, "cut", _right_cut, "rows_untrained", families.chatml, LONG, {"max_seq_length": 40}),
+        (encoder_module, "cut", right_cut, "rows_untrained", families.chatml, LONG, {"max_seq_length": 40}),
         (
             chat_templates,
             "trained_ends",
@@ -134,7 +134,7 @@ def test_plain_text_is_audited_too() -> None:
         (
             encoder_module.TextTokens,
             "encode",
-            _tokenised_whole,
+            tokenised_whole,
             "mask_off",
             lambda: families.make(["</s>"], eos="</s>", merges=[("Ġ", "i")]),
             ROWS,
@@ -169,7 +169,7 @@ def test_what_a_missing_guard_lets_through_the_audit_refuses(
 
 
 def test_one_row_in_a_hundred_may_be_wrong_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module, "cut", _right_cut)
+    monkeypatch.setattr(encoder_module, "cut", right_cut)
     short = [{"prompt": "a", "response": "b"}] * 99
     assert report_of([*short, *LONG[:1]], families.chatml(), max_seq_length=40).refusal is None
     refused = report_of([*short, *LONG[:2]], families.chatml(), max_seq_length=40).refusal

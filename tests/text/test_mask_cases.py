@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests.support import tiny
+from tests.support.encoder_faults import right_cut, tokenised_whole
 from tests.support.mask_cases import CASES, Case
 from tunesmith.errors import DataError
 from tunesmith.text import chat_templates, encoder
-from tunesmith.text.chat_templates import Piece
 from tunesmith.text.control_tokens import ControlTokens
 from tunesmith.text.encoder import Encoder, Part
 from tunesmith.text.formats import Example, Turn
@@ -84,35 +84,11 @@ def test_at_least_twelve_cases_are_published_faults() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-def _right_cut(parts: list[Part], limit: int, head: int = 0) -> list[Part]:
-    kept = []
-    for ids, trained in parts:
-        kept.append((ids[:limit], trained))
-        limit -= len(kept[-1][0])
-    return kept
-
-
 def _mask_by_id(parts: list[Part]) -> Any:
     """As a collator does that masks padding by its id: here the token of every end of turn in these cases."""
     ids = np.concatenate([np.asarray(ids) for ids, _ in parts])
     trained = np.concatenate([np.full(len(ids), flag) for ids, flag in parts])
     return trained & (ids != ids[-1])
-
-
-def _tokenised_whole(text: Any, pieces: list[list[Piece]]) -> list[list[Part]]:
-    """As trainers do that tokenise prompt and whole row, and mask as many tokens as the prompt has."""
-    found = []
-    for row in pieces:
-        parts: list[Part] = []
-        whole = text._ids("".join(text._control.show(piece.text) for piece in row))
-        before, done = "", 0
-        for piece in row:
-            before += text._control.show(piece.text)
-            end = len(text._ids(before))
-            parts.append((whole[done:end], piece.trained))
-            done = end
-        found.append(parts)
-    return found
 
 
 Guard = tuple[Any, str, Callable[..., Any]]
@@ -139,9 +115,9 @@ GUARDS: dict[str, Guard] = {
     "marks go by place": (encoder, "mask", _mask_by_id),
     "no second beginning of text": (encoder, "begin", lambda parts, beginning: [(beginning, False), *parts]),
     "a beginning of text": (encoder, "begin", lambda parts, beginning: list(parts)),
-    "the answer is kept": (encoder, "cut", _right_cut),
+    "the answer is kept": (encoder, "cut", right_cut),
     "the beginning of text is kept": (encoder, "cut", lambda parts, limit, head, cut=encoder.cut: cut(parts, limit)),
-    "prompt and answer are tokenised apart": (encoder.TextTokens, "encode", _tokenised_whole),
+    "prompt and answer are tokenised apart": (encoder.TextTokens, "encode", tokenised_whole),
     "text behind text gets no space": (encoder.TextTokens, "_behind", lambda self, before, ids, text: self._ids(text)),
     "control tokens that are spelled out are split": (encoder.TextTokens, "_plain", lambda self, text: self._ids(text)),
 }

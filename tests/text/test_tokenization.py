@@ -16,6 +16,7 @@ import pytest
 
 from tests.support import tiny
 from tests.support.s3_fixture import S3Server
+from tests.support.tokenizing import ROOT, TOKENIZER, build
 from tests.support.waiting import until
 from trainers.text import encoding_processes, shards, token_cache, tokenization
 from trainers.text.tokenization import DataFile, TokenizedRows, tokenize_rows
@@ -28,9 +29,6 @@ from tunesmith.storage.folder import FolderStorage
 from tunesmith.storage.urls import open_storage
 from tunesmith.text.encoder import encode
 from tunesmith.text.formats import Example, Turn
-
-TOKENIZER = tiny.make_tokenizer()
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -46,25 +44,6 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(tokenization, "PROGRESS_S", 0.0)
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
-
-
-def build(
-    files: list[Path], storage: Storage, home: Path, *, processes: int = 1, limit: int | None = None, **given: Any
-) -> TokenizedRows:
-    progress = given.pop("progress", None)
-    advanced = tiny.advanced(train_on_history=given.pop("train_on_history", False))
-    return tokenization.tokenized(
-        [DataFile.at(file) for file in files],
-        given.pop("tokenizer", TOKENIZER),
-        hyperparameters=tiny.hyperparameters(**given),
-        advanced=advanced,
-        training_type="text-question-answering",
-        storage=storage,
-        settings=Settings.from_env({"TUNESMITH_HOME": str(home)}),
-        limit=limit,
-        processes=processes,
-        progress=progress,
-    )
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -314,7 +293,7 @@ def test_a_helper_that_is_killed_is_a_lost_worker(tmp_path: Path) -> None:
 BUILDER = """
 import sys
 from pathlib import Path
-from tests.text.test_tokenization import build
+from tests.support.tokenizing import build
 from trainers.text import tokenization
 from tunesmith.assets import tables
 from tunesmith.storage.folder import FolderStorage

@@ -7,13 +7,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from tests.support import tiny
-from tests.text.test_tokenization import ROOT, until
+from tests.support.tokenizing import ROOT
+from tests.support.waiting import until
 from tunesmith.storage.folder import FolderStorage
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(4 * 3600)]
@@ -21,25 +20,6 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(4 * 3600)]
 GB = 1 << 30
 NOISE_BYTES = 64 << 20
 """What the peak of the same work differs by from run to run."""
-
-
-def make_tokenizer() -> Any:
-    """Every word is a token: fast, so that the data can be large."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|end|>", "<|unknown|>", "<|user|>", "<|assistant|>"]
-    vocabulary = {word: number for number, word in enumerate([*special, *(f"w{n}" for n in range(1000))])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        eos_token="<|end|>",
-        unk_token="<|unknown|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-    )
-    tokenizer.chat_template = tiny.CHAT_TEMPLATE
-    return tokenizer
 
 
 def write_rows(path: Path, size_bytes: int) -> int:
@@ -63,7 +43,6 @@ WHOLE_WAY = """
 import hashlib, sys, tempfile
 from pathlib import Path
 from tests.support import tiny
-from tests.text.test_tokenization_soak import make_tokenizer
 from trainers.text.audit import CHECKED_ROWS, audit
 from trainers.recipe.training_loop import Hooks, train
 from trainers.text.tokenization import DataFile, first_examples, tokenized
@@ -71,7 +50,7 @@ from tunesmith.settings import Settings
 from tunesmith.storage.folder import FolderStorage
 
 path, root, home, processes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-tokenizer, file = make_tokenizer(), DataFile.at(path)
+tokenizer, file = tiny.make_word_tokenizer(), DataFile.at(path)
 options = {"hyperparameters": tiny.hyperparameters(), "advanced": tiny.advanced()}
 rows = tokenized(
     [file], tokenizer, **options, training_type="text-question-answering", storage=FolderStorage(root),

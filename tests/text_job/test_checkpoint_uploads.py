@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.s3_fixture import BUCKET, endpoint, free_ports, s3_keys, s3_process
+from benchmarks.s3_server import BUCKET, endpoint, free_ports, s3_keys, s3_process
 from tests.support.waiting import until
 from trainers.text_job.checkpoint_uploads import Uploads
 from tunesmith.errors import StorageError

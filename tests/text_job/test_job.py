@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import jobs, tiny
+from tests.support.publishing import publish
 from tests.support.ray_fixture import Running
 from trainers.recipe.evaluation import score
 from tunesmith.clock import seconds
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def ready(platform: Running, tmp_path_factory: pytest.TempPathFactory) -> Running:
     """The platform, with the tiny model and dataset registered."""
-    jobs.register(platform, *jobs.make_sources(tmp_path_factory.mktemp("sources")))
+    jobs.publish_sources(platform, tmp_path_factory.mktemp("sources"))
     return platform
 
 
@@ -235,7 +236,7 @@ def test_workers_that_make_answers_stop_where_they_are(ready: Running, tmp_path:
     rows = [{"prompt": f"say {number}", "response": "a" * 150} for number in range(6_000)]
     for name, part in (("train.jsonl", rows[:100]), ("held_out.jsonl", rows)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    assert ready.client.wait(ready.client.register_dataset("answers", str(tmp_path)).id).state == "completed"
+    publish(ready, "dataset", "answers", tmp_path)
     order = jobs.spec(
         dataset="answers", cards=2, hyperparameters={"max_seq_length": 200, "max_eval_samples": len(rows)}
     )
@@ -266,7 +267,7 @@ def test_rows_that_cannot_be_trained_fail_the_job_with_the_row_and_are_not_tried
     ready: Running, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 7}\n')
-    assert ready.client.wait(ready.client.register_dataset("numbers", str(tmp_path)).id).state == "completed"
+    publish(ready, "dataset", "numbers", tmp_path)
     order = jobs.spec(dataset="numbers", hyperparameters={"test_data_file": None})
     ended = ready.client.wait(ready.client.submit(order).id)
     assert (ended.state, ended.reason, ended.attempt) == ("failed", "data_error", 1)

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 
 from tests.support import jobs, tiny
+from tests.support.publishing import publish
 from tests.support.ray_fixture import Running
 from tunesmith.api.views import JobView
 
 pytestmark = pytest.mark.ray
 
 
-def register(running: Running, name: str, model: Path, rows: Iterable[dict[str, str]]) -> None:
+def publish_both(running: Running, name: str, model: Path, rows: Iterable[dict[str, str]]) -> None:
     (model / "README.md").write_text(jobs.CARD)
     data = model.with_name("data")
     data.mkdir()
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    registered = running.client.register_model(name, str(model)), running.client.register_dataset(name, str(data))
-    assert [running.client.wait(job.id).state for job in registered] == ["completed", "completed"]
+    publish(running, "model", name, model)
+    publish(running, "dataset", name, data)
 
 
 def failed_once(running: Running, job_id: str) -> JobView:
@@ -35,7 +36,7 @@ def test_a_worker_that_takes_more_than_its_flavor_has_fails_the_job_with_what_ta
 ) -> None:
     # One activation of the pass, of 65,536 tokens, takes 4 GiB, which is all that cpu-small has.
     rows = [{"prompt": "x" * 30, "response": "y" * 30}] * 1024
-    register(platform, "vast", tiny.make_model(tmp_path / "model", mlp_width=1 << 14), rows)
+    publish_both(platform, "vast", tiny.make_model(tmp_path / "model", mlp_width=1 << 14), rows)
     given = {"test_data_file": None, "per_device_train_batch_size": 1024, "max_steps": 1}
     order = jobs.spec(
         model="vast", dataset="vast", output_model="none", hyperparameters=given, advanced={"packing": "off"}
@@ -63,7 +64,7 @@ def test_a_loss_that_is_no_number_fails_the_job_with_the_rows_and_the_last_good_
     tokenizer.save_pretrained(tmp_path / "model")
     rows = tiny.sums(16)
     rows[5] = {"prompt": "Z", "response": "a"}
-    register(platform, "holed", tmp_path / "model", rows)
+    publish_both(platform, "holed", tmp_path / "model", rows)
     given = {"test_data_file": None, "per_device_train_batch_size": 1, "max_steps": 16, "save_steps": 1}
     job = platform.client.submit(jobs.spec(model="holed", dataset="holed", output_model="none", hyperparameters=given))
     ended = failed_once(platform, job.id)

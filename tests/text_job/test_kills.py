@@ -5,7 +5,6 @@ Rows are of unequal content, so the losses tell their order: `test_rows_in_anoth
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from trainers.text.tokenization import tokenize_rows
 from tunesmith import processes
 from tunesmith.api.views import JobView
 from tunesmith.jobs.attempts import MetricLine, metric_lines
-from tunesmith.local import local_platform
 from tunesmith.storage import layout
 from tunesmith.storage.base import PARTIAL
 from tunesmith.storage.segments import read_segments
@@ -63,7 +61,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A platform whose records reach storage at once, so that a step is seen while it is the newest."""
     env = {"TUNESMITH_SEGMENT_S": "0.02", "TUNESMITH_HANG_TIMEOUT_S": str(HANG_TIMEOUT_S)}
     with running_platform(env, door=True) as running:
-        jobs.register(running, *jobs.make_sources(tmp_path_factory.mktemp("sources")))
+        jobs.publish_sources(running, tmp_path_factory.mktemp("sources"))
         yield running
 
 
@@ -97,15 +95,6 @@ def adapter(running: Running, job_id: str) -> Path:
 def worker(running: Running, job_id: str) -> psutil.Process:
     (found,) = jobs.processes(running, "ray::RayTrainWorker")
     return found
-
-
-def driver(running: Running, job_id: str) -> psutil.Process:
-    for process in local_platform.processes_of(running.started):
-        with suppress(psutil.NoSuchProcess):
-            command = process.cmdline()
-            if command[1:3] == ["-m", "trainers"] and job_id in command[3]:
-                return process
-    raise AssertionError(f"{job_id} has no driver")
 
 
 def kill_at(running: Running, job_id: str, attempt: int, step: int, victim: psutil.Process) -> None:
@@ -178,7 +167,7 @@ def test_a_driver_killed_at_any_point_changes_nothing(running: Running, whole: W
     for attempt, step in enumerate(FOUND, 1):
         until(lambda attempt=attempt: running.storage.exists(layout.claim(job.id, attempt)))  # type: ignore[misc]
         kill = kill_in_checkpoint if step == HALF_WRITTEN else kill_at
-        kill(running, job.id, attempt, step, driver(running, job.id))
+        kill(running, job.id, attempt, step, jobs.driver(running, job.id))
     ended = running.client.wait(job.id)
     first_steps = [event.data["first_step"] for event in jobs.events(running, job.id) if "first_step" in event.data]
     resumed_from = [first - 1 for first in first_steps[1:]]

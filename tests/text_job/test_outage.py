@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.s3_server import BUCKET, endpoint, free_ports, s3_keys, s3_process
 from tests.support import galleries, jobs
+from tests.support.publishing import publish
 from tests.support.ray_fixture import Running, running_platform
-from tests.support.s3_fixture import BUCKET, endpoint, free_ports, s3_keys, s3_process
-from tests.text_job.test_kills import driver
 from tunesmith.api.client import Client
 from tunesmith.api.views import JobView
 from tunesmith.clock import seconds, utc_text
@@ -69,7 +69,7 @@ def running(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "TUNESMITH_HANG_TIMEOUT_S": str(OUTAGE_S / 2),
     }
     with running_platform(env, door=True) as running:
-        jobs.register(running, *jobs.make_sources(tmp_path_factory.mktemp("sources")))
+        jobs.publish_sources(running, tmp_path_factory.mktemp("sources"))
         yield running
 
 
@@ -166,7 +166,7 @@ pathlib.Path(os.environ["ENV_AG_TRAIN_OUTPUT_DIR"], "weights").write_bytes(b"tun
 """
     folder = galleries.make(tmp_path / "custom", train, parameters={"training_methods": [
         {"name": "full", "hyperparameters": []}]})  # fmt: skip
-    assert running.client.wait(running.client.register_model("custom", str(folder)).id).state == "completed"
+    publish(running, "model", "custom", folder)
     job = running.client.submit(
         TrainSpec(model="custom", dataset="tiny", flavor="cpu-small", output_model="custom-new")
     )
@@ -211,7 +211,7 @@ def test_an_attempt_whose_patience_is_at_its_end_is_lost_and_another_follows(run
     )
     while not attempts.checkpoints(running.storage, job.id):
         time.sleep(0.2)
-    first = driver(running, job.id)
+    first = jobs.driver(running, job.id)
     server.kill()
     first.wait(180)
     server.start()
