@@ -1,4 +1,4 @@
-"""The base of all data that is checked by pydantic."""
+"""The bases of all data that is checked by pydantic."""
 
 from __future__ import annotations
 
@@ -10,3 +10,9 @@ class Frozen(BaseModel):
 
     # The docstrings of fields are their descriptions in the OpenAPI document.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Tolerant(Frozen):
+    """Frozen data that a process of another version may have written: a field that it does not know is left out."""
+
+    model_config = ConfigDict(extra="ignore")

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
 
+from tunesmith.frozen import Frozen
 from tunesmith.jobs.audit_report import AuditCounts
 from tunesmith.text.encoder import Encoded
 
@@ -77,10 +77,8 @@ class Batch:
         return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
-class Shard(BaseModel):
+class Shard(Frozen):
     """One file of rows."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     size_bytes: int

@@ -15,10 +15,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from trainers.text.shards import Batch, Shard, ShardWriter, TokenizedRows
 from tunesmith.errors import NotFoundError, StorageError
+from tunesmith.frozen import Frozen
 from tunesmith.jobs.audit_report import AuditCounts
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -26,10 +25,8 @@ from tunesmith.storage.base import Storage
 logger = logging.getLogger(__name__)
 
 
-class CacheManifest(BaseModel):
+class CacheManifest(Frozen):
     """`manifest.json` of tokenised data."""
-
-    model_config = ConfigDict(frozen=True)
 
     builder: str
     """The folder of the shards."""

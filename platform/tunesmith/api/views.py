@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from tunesmith.assets.catalog import File, Table
 from tunesmith.assets.gallery import Gallery
 from tunesmith.assets.training_types import TrainingTypes
+from tunesmith.frozen import Tolerant
 
 T = TypeVar("T")
 
 
-class View(BaseModel):
-    # The docstrings of fields are their descriptions in the OpenAPI document.
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-
-class HealthView(View):
+class HealthView(Tolerant):
     """The door answers."""
 
     status: Literal["ok"] = "ok"
     version: str
 
 
-class ErrorView(View):
+class ErrorView(Tolerant):
     """What went wrong: TunesmithError.as_dict and the request it happened in."""
 
     code: str
@@ -40,13 +34,13 @@ class ErrorView(View):
     """As in the header X-Request-Id; the door's log has it too."""
 
 
-class ErrorBody(View):
+class ErrorBody(Tolerant):
     """Every answer that is no success."""
 
     error: ErrorView
 
 
-class Page(View, Generic[T]):
+class Page(Tolerant, Generic[T]):
     """A part of a list, with the way to the part that follows."""
 
     items: list[T]
@@ -54,7 +48,7 @@ class Page(View, Generic[T]):
     """Give it as `after` to read on. Lists that end have none at their end; records that grow always have one."""
 
 
-class JobView(View):
+class JobView(Tolerant):
     """A job: where it is, and what it runs with."""
 
     id: str
@@ -80,7 +74,7 @@ class JobView(View):
     """The resolved spec, `job.json`."""
 
 
-class EventView(View):
+class EventView(Tolerant):
     seq: int
     time: str
     attempt: int | None
@@ -91,7 +85,7 @@ class EventView(View):
     data: dict[str, Any]
 
 
-class LogView(View):
+class LogView(Tolerant):
     """Some whole lines of one worker's log."""
 
     attempt: int
@@ -100,7 +94,7 @@ class LogView(View):
     text: str
 
 
-class AssetView(View):
+class AssetView(Tolerant):
     """A version of a model or dataset."""
 
     kind: str

@@ -6,28 +6,25 @@ import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from tunesmith.assets.gallery import Gallery
 from tunesmith.assets.training_types import TEXT_TYPES, TrainingTypes, training_types
 from tunesmith.errors import ConflictError, SpecError, nearest
+from tunesmith.frozen import Tolerant
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
 
-class File(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
+class File(Tolerant):
     path: str
     """Relative to the version's `files/`."""
     size_bytes: int
     sha256: str
 
 
-class Manifest(BaseModel):
+class Manifest(Tolerant):
     """`manifest.json`: what a version is made of and where it comes from."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: Literal["model", "dataset"]
     name: str
@@ -44,9 +41,9 @@ class Manifest(BaseModel):
     """`NAME@VERSION` of the model it was tuned from."""
     dataset: str | None = None
     """`NAME@VERSION` of the data it was tuned on."""
-    tables: dict[str, Table] = {}
+    tables: dict[str, Table] = Field(default={})
     """For datasets: what each data file holds, by path."""
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = Field(default={})
     """For models: parameters, architecture, adapter-only and the like."""
     gallery: Gallery | None = None
     """For models: what it brings for its own training."""
@@ -64,10 +61,8 @@ class Manifest(BaseModel):
         return training_types(self.task_type, self.gallery, language_model=found)
 
 
-class Table(BaseModel):
+class Table(Tolerant):
     """What was found in one data file at registration."""
-
-    model_config = ConfigDict(frozen=True)
 
     format: Literal["jsonl", "json", "csv", "parquet"]
     columns: list[str]

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, Field
 
 from tunesmith.assets.cards import FILE as CARD
 from tunesmith.assets.cards import Card
 from tunesmith.assets.image_references import parse_image
 from tunesmith.assets.located_json import Located, Place, read_json
 from tunesmith.errors import SpecError, nearest
+from tunesmith.frozen import Frozen, Tolerant
 from tunesmith.hyperparameters import ADVANCED, Hyperparameter, Value, resolve
 
 FOLDER = "gallery_train"
@@ -39,10 +40,10 @@ _NAME = re.compile(r"[A-Za-z0-9_]{1,64}", re.ASCII)
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
 
-class Parameter(BaseModel):
+class Parameter(Frozen):
     """One hyperparameter of a method. Keys beyond these are kept, and mean nothing to the platform."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow")
 
     name: str
     type: Literal["int", "float", "str", "bool"]
@@ -53,26 +54,24 @@ class Parameter(BaseModel):
     help: str = ""
 
 
-class Method(BaseModel):
+class Method(Frozen):
     """One way of training that `train.py` knows."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow")
 
     name: str
     hyperparameters: list[Parameter]
 
 
-class Gallery(BaseModel):
+class Gallery(Tolerant):
     """What a model says of its own training; it can be used where there are no problems."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-    methods: list[Method] = []
+    methods: list[Method] = Field(default=[])
     image_url: str | None = None
     """The container image of the card's `Train_image_url`, in which training runs."""
     command_path: str | None = None
     """What runs in that image: the card's `Train_command_path`."""
-    problems: list[str] = []
+    problems: list[str] = Field(default=[])
     """What is missing or malformed, each with file, line and key."""
 
     @property

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from tunesmith.assets.gallery import FOLDER, Gallery
+from tunesmith.frozen import Tolerant
 
 TEXT_TYPES = ("text-question-answering", "text-generation")
 CUSTOM = "custom"
 
 
-class TrainingTypes(BaseModel):
+class TrainingTypes(Tolerant):
     """The training types of a model."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     default: str | None
     """None: the model cannot be trained."""
-    others: list[str] = []
+    others: list[str] = Field(default=[])
     """What may be chosen in its place."""
     reason: str | None = None
     """Why the model cannot be trained, or not in a way that it seems to be meant for."""

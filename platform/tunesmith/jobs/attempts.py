@@ -10,19 +10,18 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, Field
 
 from tunesmith.clock import utc_text
 from tunesmith.errors import NotFoundError, TunesmithError
+from tunesmith.frozen import Frozen, Tolerant
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 from tunesmith.storage.segments import SegmentWriter, read_segments
 
 
-class Claim(BaseModel):
+class Claim(Tolerant):
     """`claim`: who runs an attempt."""
-
-    model_config = ConfigDict(frozen=True)
 
     submission_id: str | None
     """Ray's id of the driver's job; None where Ray does not know the driver as a job."""
@@ -31,10 +30,8 @@ class Claim(BaseModel):
     time: str
 
 
-class Result(BaseModel):
+class Result(Tolerant):
     """`result.json`: how an attempt ended."""
-
-    model_config = ConfigDict(frozen=True)
 
     outcome: Literal["completed", "failed", "stopped", "lost"]
     """`lost` is written for a driver that is gone without a result of its own."""
@@ -44,28 +41,26 @@ class Result(BaseModel):
     error: dict[str, Any] | None = None
     """`failed`: the error (TunesmithError.as_dict)."""
     time: str
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = Field(default={})
     """Steps done, held-out losses and the like."""
 
 
-class EventLine(BaseModel):
+class EventLine(Tolerant):
     """One line of an attempt's events: a change of the job's status as its driver tells it."""
-
-    model_config = ConfigDict(frozen=True)
 
     time: str
     state: str | None = None
     phase: str | None = None
     reason: str | None = None
     message: str | None = None
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = Field(default={})
 
 
-class MetricLine(BaseModel):
+class MetricLine(Tolerant):
     """One line of an attempt's metrics (contracts.md, section 7)."""
 
     # JSON has no NaN: a loss that is none is written as the text "NaN", and read as a number again.
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     time: str
     attempt: int
@@ -76,10 +71,8 @@ class MetricLine(BaseModel):
     value: float
 
 
-class Checkpoint(BaseModel):
+class Checkpoint(Frozen):
     """A whole checkpoint, found by its manifest."""
-
-    model_config = ConfigDict(frozen=True)
 
     attempt: int
     step: int

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from tunesmith.errors import NotFoundError
+from tunesmith.frozen import Tolerant
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
 
-class _Part(BaseModel):
-    # The docstrings of fields are their descriptions in the OpenAPI document.
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-
-class AuditCounts(_Part):
+class AuditCounts(Tolerant):
     """Over all rows. Counts of parts add up."""
 
     read: int = 0
@@ -39,7 +35,7 @@ class AuditCounts(_Part):
     trained_tokens: int = 0
     longest: int = 0
     """Tokens of the longest row kept."""
-    lengths: dict[int, int] = {}
+    lengths: dict[int, int] = Field(default={})
     """Rows kept by length: the upper bound of each class, a power of two, and its rows."""
 
     def __add__(self, other: AuditCounts) -> AuditCounts:
@@ -55,7 +51,7 @@ class AuditCounts(_Part):
         return AuditCounts(**sums, longest=max(self.longest, other.longest), lengths=lengths)
 
 
-class Finding(_Part):
+class Finding(Tolerant):
     """What is wrong, or may be."""
 
     level: Literal["refused", "warning"]
@@ -65,7 +61,7 @@ class Finding(_Part):
     hint: str | None = None
 
 
-class AuditedRow(_Part):
+class AuditedRow(Tolerant):
     """A row as it is trained."""
 
     row: int
@@ -75,7 +71,7 @@ class AuditedRow(_Part):
     """Its text in turn, each piece with whether it is trained; long pieces without their middle."""
 
 
-class AuditReport(_Part):
+class AuditReport(Tolerant):
     """The audit of one dataset for one model and one job's settings."""
 
     model: str

@@ -6,12 +6,12 @@ from pathlib import PurePosixPath
 
 from pydantic import ConfigDict
 
-from tunesmith.frozen import Frozen
+from tunesmith.frozen import Tolerant
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
 
-class Answer(Frozen):
+class Answer(Tolerant):
     """One held-out row: what was asked, what should be answered, and what the model answered."""
 
     prompt: str
@@ -19,7 +19,7 @@ class Answer(Frozen):
     answer: str
 
 
-class Evaluation(Frozen):
+class Evaluation(Tolerant):
     """The model after `step` optimizer steps; after 0 it is the one that the job began with."""
 
     # JSON has no NaN: a loss that is none is written as the text "NaN", and read as a number again.

@@ -8,15 +8,14 @@ from importlib.resources import files
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from tunesmith.errors import SpecError, nearest
+from tunesmith.frozen import Frozen
 
 
-class Flavor(BaseModel):
+class Flavor(Frozen):
     """One worker's share of a cluster."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     accelerator: Literal["CPU", "GPU", "NPU"]

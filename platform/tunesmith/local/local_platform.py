@@ -22,11 +22,11 @@ from pathlib import Path
 
 import httpx
 import psutil
-from pydantic import BaseModel, ConfigDict
 
 from tunesmith import processes
 from tunesmith.clock import utc_text
 from tunesmith.errors import ConflictError, SpecError, UnavailableError
+from tunesmith.frozen import Tolerant
 from tunesmith.local import ports
 from tunesmith.settings import Settings
 
@@ -34,10 +34,8 @@ MARK = "TUNESMITH_PLATFORM"
 """Variable that every process of a platform carries, with the platform's mark."""
 
 
-class Platform(BaseModel):
+class Platform(Tolerant):
     """`platform.json`: a local platform that was started."""
-
-    model_config = ConfigDict(frozen=True)
 
     pid: int
     """The process `ray start`, from which all others come."""
