@@ -16,7 +16,7 @@ from tunesmith import __version__
 from tunesmith.api.views import HealthView
 from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
-from tunesmith.storage.urls import open_storage
+from tunesmith.storage.urls import open_promptly
 
 _ABOUT = "Pick a model, pick data, get a new model. Every answer that is no success has the one shape `ErrorBody`."
 
@@ -46,7 +46,7 @@ def make_app(
     app.state.door = Door(
         settings=settings,
         store=RecordStore(settings.database_url),
-        storage=open_storage(settings.storage_url, settings),
+        storage=open_promptly(settings.storage_url, settings),
         capacity=capacity,
     )
     # Border checks the token, before any body is read; this writes it into the OpenAPI document.

@@ -18,7 +18,7 @@ from serve_app.reconciler.launcher import RayLauncher
 from serve_app.reconciler.reconciler import Reconciler
 from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
-from tunesmith.storage.urls import open_storage
+from tunesmith.storage.urls import open_promptly
 
 DOOR = "door"
 RECONCILER = "reconciler"
@@ -59,7 +59,7 @@ class ReconcilerReplica:
         self._pause_s = settings.reconcile_interval_s
         self._reconciler = Reconciler(
             RecordStore(settings.database_url),
-            open_storage(settings.storage_url, settings),
+            open_promptly(settings.storage_url, settings),
             RayLauncher(settings),
             settings,
             holder=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",

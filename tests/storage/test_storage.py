@@ -64,6 +64,16 @@ def test_listing_is_sorted_and_ends_at_the_folders_name(storage: Storage) -> Non
     assert storage.children() == ["models", "models-not"]
 
 
+def test_a_listing_goes_on_after_a_key(storage: Storage) -> None:
+    keys = ["a/1/x", "a/1/y", "a/10/x", "b/x"]
+    for key in keys:
+        storage.put(key, b"")
+    for number, key in enumerate(keys):
+        assert [entry.key for entry in storage.entries(after=key)] == keys[number + 1 :]
+    assert [entry.key for entry in storage.entries("a", after="a/1/none")] == ["a/1/x", "a/1/y", "a/10/x"]
+    assert [entry.key for entry in storage.entries("a", after="a/1/x")] == ["a/1/y", "a/10/x"]
+
+
 def test_what_is_deleted_is_gone_and_no_more(storage: Storage) -> None:
     for key in ("a/1/x", "a/1/y", "a/10/x", "b/x"):
         storage.put(key, b"")

@@ -45,8 +45,11 @@ class Storage(ABC):
     def exists(self, key: str) -> bool: ...
 
     @abstractmethod
-    def entries(self, prefix: str = "") -> Iterator[Entry]:
-        """All objects below the folder `prefix`, sorted by key."""
+    def entries(self, prefix: str = "", *, after: str = "") -> Iterator[Entry]:
+        """The objects below the folder `prefix` whose keys sort above `after`, sorted by key.
+
+        A listing that goes on from an earlier one costs only what is new.
+        """
 
     @abstractmethod
     def children(self, prefix: str = "") -> list[str]:
@@ -61,7 +64,7 @@ class Storage(ABC):
 
     @abstractmethod
     def delete_folder(self, prefix: str) -> None:
-        """Delete all objects below the folder `prefix`."""
+        """Delete all objects below the folder `prefix`, however many there are."""
 
     @abstractmethod
     def upload_file(self, path: Path, key: str) -> None:

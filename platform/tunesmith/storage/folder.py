@@ -42,16 +42,18 @@ class FolderStorage(Storage):
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
-    def entries(self, prefix: str = "") -> Iterator[Entry]:
+    def entries(self, prefix: str = "", *, after: str = "") -> Iterator[Entry]:
         top = self._path(prefix) if prefix else self.root
-        found = []
+        keys = []
         for folder, _, names in os.walk(top):
-            for name in names:
-                path = Path(folder, name)
-                if not name.startswith(PARTIAL) and not path.is_symlink():
-                    with suppress(FileNotFoundError):
-                        found.append(Entry(path.relative_to(self.root).as_posix(), path.stat().st_size))
-        return iter(sorted(found, key=lambda entry: entry.key))
+            place = Path(folder).relative_to(self.root).as_posix()
+            found = (name if place == "." else f"{place}/{name}" for name in names if not name.startswith(PARTIAL))
+            keys += [key for key in found if key > after]
+        for key in sorted(keys):
+            path = self.root / key
+            with suppress(FileNotFoundError):
+                if not path.is_symlink():
+                    yield Entry(key, path.stat().st_size)
 
     def children(self, prefix: str = "") -> list[str]:
         top = self._path(prefix) if prefix else self.root

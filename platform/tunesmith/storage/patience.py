@@ -62,8 +62,8 @@ class PatientStorage(Storage):
     def exists(self, key: str) -> bool:
         return self.patiently(lambda: self.impatient.exists(key))
 
-    def entries(self, prefix: str = "") -> Iterator[Entry]:
-        return iter(self.patiently(lambda: list(self.impatient.entries(prefix))))
+    def entries(self, prefix: str = "", *, after: str = "") -> Iterator[Entry]:
+        return iter(self.patiently(lambda: list(self.impatient.entries(prefix, after=after))))
 
     def children(self, prefix: str = "") -> list[str]:
         return self.patiently(lambda: self.impatient.children(prefix))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,27 @@ ONE_REQUEST_BYTES = 32 << 20
 """Files up to this size go to S3 whole: boto3's transfer of parts takes several times the processor's time."""
 
 
+_UNKNOWN_REQUEST = frozenset({400, 405, 501})
+"""How a service answers to a deletion in bulk that it does not know, or wants in another form."""
+
+_DELETES_AT_ONCE = 16
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How long one call waits for the service. A call takes at most tries × (connect_s + read_s) and some pauses."""
+
+    connect_s: float = 5
+    read_s: float = 60
+    tries: int = 4
+
+
 class S3Storage(Storage):
     """A bucket, or a prefix of one, by boto3. Keys of access come from boto3's own chain."""
 
-    def __init__(self, url: str, settings: Settings) -> None:
+    def __init__(self, url: str, settings: Settings, waiting: Waiting = Waiting()) -> None:
         import boto3
         from botocore.config import Config
 
@@ -31,11 +51,12 @@ class S3Storage(Storage):
             s3={"addressing_style": settings.s3_addressing_style},
             request_checksum_calculation=settings.s3_checksums,
             response_checksum_validation="when_required",
-            retries={"mode": "standard", "max_attempts": 4},
-            connect_timeout=5,
-            read_timeout=60,
+            retries={"mode": "standard", "total_max_attempts": waiting.tries},
+            connect_timeout=waiting.connect_s,
+            read_timeout=waiting.read_s,
             max_pool_connections=32,
         )
+        self._deletes_in_bulk = True
         self._client: Any = boto3.session.Session().client(
             "s3", endpoint_url=settings.s3_endpoint, region_name=settings.s3_region, config=config
         )
@@ -70,9 +91,10 @@ class S3Storage(Storage):
             return False
         return True
 
-    def entries(self, prefix: str = "") -> Iterator[Entry]:
+    def entries(self, prefix: str = "", *, after: str = "") -> Iterator[Entry]:
+        start = {"StartAfter": self._key(after)} if after else {}
         with self._errors(prefix):
-            for page in self._pages(prefix):
+            for page in self._pages(prefix, **start):
                 for item in page.get("Contents", []):
                     yield Entry(item["Key"].removeprefix(f"{self._root}/" if self._root else ""), item["Size"])
 
@@ -88,8 +110,10 @@ class S3Storage(Storage):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
     def delete_folder(self, prefix: str) -> None:
-        for entry in list(self.entries(_checked(prefix))):
-            self.delete(entry.key)
+        with self._errors(_checked(prefix)):
+            # A page of a listing has as many keys as one request may delete: 1,000.
+            for page in self._pages(prefix):
+                self._delete_all(prefix, [item["Key"] for item in page.get("Contents", [])])
 
     def upload_file(self, path: Path, key: str) -> None:
         if path.stat().st_size <= ONE_REQUEST_BYTES:
@@ -106,6 +130,29 @@ class S3Storage(Storage):
     def local_path(self, key: str) -> Path | None:
         _checked(key)
         return None
+
+    def _delete_all(self, prefix: str, keys: list[str]) -> None:
+        from botocore.exceptions import ClientError
+
+        if not keys:
+            return
+        if self._deletes_in_bulk:
+            try:
+                wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+                refused = self._client.delete_objects(Bucket=self.bucket, Delete=wanted).get("Errors", [])
+            except ClientError as error:
+                if _status(error) not in _UNKNOWN_REQUEST:
+                    raise
+                logger.warning("%s does not delete in bulk, so each object is deleted by itself: %s", self.url, error)
+                self._deletes_in_bulk = False
+            else:
+                if refused:
+                    first = refused[0]
+                    said = f"{first.get('Code')} {first.get('Message')} for {first.get('Key')!r}"
+                    raise StorageError(f"{self.url} refused to delete {len(refused)} objects below {prefix!r}: {said}")
+                return
+        with ThreadPoolExecutor(_DELETES_AT_ONCE) as pool:
+            list(pool.map(lambda key: self._client.delete_object(Bucket=self.bucket, Key=key), keys))
 
     def _key(self, key: str) -> str:
         return f"{self._root}/{_checked(key)}" if self._root else _checked(key)
