@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from tunesmith.api.views import AssetView, EventView, JobView
 from tunesmith.assets.catalog import Manifest
-from tunesmith.jobs.drafting import output
 from tunesmith.records.store import Event, Record
 
 
 def job_view(record: Record) -> JobView:
-    kind, name, version = output(record.job)
+    made = record.job.output
     status = record.status
     return JobView(
         id=record.id,
@@ -22,8 +21,8 @@ def job_view(record: Record) -> JobView:
         message=status.message,
         attempt=status.attempt,
         submission_id=record.submission_id,
-        output_kind=kind,
-        output=f"{name}@{version}",
+        output_kind=made.kind,
+        output=f"{made.name}@{made.version}",
         created_at=record.created_at,
         started_at=record.started_at,
         ended_at=record.ended_at,

@@ -20,7 +20,6 @@ from tunesmith.assets.catalog import Manifest
 from tunesmith.errors import ConflictError, NotFoundError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, EventLine, Result
-from tunesmith.jobs.drafting import output
 from tunesmith.jobs.spec import RegisterJob
 from tunesmith.jobs.states import FINAL, Change
 from tunesmith.records.store import Line, Record, RecordStore
@@ -175,7 +174,7 @@ class Supervisor:
 
     def _is_published(self, record: Record) -> bool:
         try:
-            manifest = Manifest.model_validate_json(self._storage.get(layout.asset_manifest(*output(record.job))))
+            manifest = Manifest.model_validate_json(self._storage.get(layout.asset_manifest(*record.job.output)))
         except NotFoundError:
             return False
         return manifest.job == record.id

@@ -100,10 +100,6 @@ def make_job(place: Path, **given: Value) -> TrainJob:
         cards=1,
         resources={"CPU": 1},
         output_model="tuned@1",
-        model_url=str(place / "model"),
-        dataset_url=str(place / "data"),
-        output_url=str(place / "tuned"),
-        job_url=str(place / "jobs" / "job-1"),
         created_at=utc_text(),
     )
 
@@ -648,7 +644,7 @@ def test_packing_changes_how_rows_are_laid_out_and_no_figure(place: Path, caplog
 @pytest.mark.parametrize("merge", [True, False])
 def test_merge_adapter_puts_whole_weights_beside_the_adapter(place: Path, tmp_path: Path, merge: bool) -> None:
     made = run(place, merge_adapter=merge, max_steps=2)
-    write_products(made.model, trained_parameters(made.model), place / "model", tmp_path, made.job)
+    write_products(made.model, trained_parameters(made.model), place / "model", tmp_path, made.job, "/s")
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert "adapter/adapter_model.safetensors" in files
     assert ({"model.safetensors", "config.json", "tokenizer.json"} <= files) is merge

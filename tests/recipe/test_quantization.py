@@ -108,7 +108,7 @@ def quantized(model: Any) -> dict[str, QuantizedLinear]:
 
 
 def write(model: Any, base: Path, folder: Path, job: TrainJob) -> None:
-    products.write_products(model, trained_parameters(model), base, folder, job)
+    products.write_products(model, trained_parameters(model), base, folder, job, "/s")
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -13,7 +13,7 @@ from tunesmith.clock import utc_text
 from tunesmith.errors import UnavailableError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, EventLine, Result
-from tunesmith.jobs.drafting import draft, new_job_id, output
+from tunesmith.jobs.drafting import draft, new_job_id
 from tunesmith.jobs.spec import RegisterJob, TrainJob, parse_spec
 from tunesmith.records.store import Record, RecordStore
 from tunesmith.settings import Settings
@@ -151,7 +151,7 @@ class FakeDriver:
         self.storage.put(key, b"".join(line.model_dump_json().encode() + b"\n" for line in lines))
 
     def publish(self) -> None:
-        kind, name, version = output(self.job)
+        kind, name, version = self.job.output
         publish(self.storage, make_manifest(kind, name, version, job=self.job.id))
 
     def finish(self, outcome: Any, **options: Any) -> Result:

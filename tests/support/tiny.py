@@ -145,9 +145,5 @@ def train_job(h: dict[str, Any], more: dict[str, Any]) -> TrainJob:
         cards=1,
         resources={"CPU": 1},
         output_model="tuned@1",
-        model_url="/s/models/tiny/1",
-        dataset_url="/s/datasets/data/1",
-        output_url="/s/models/tuned/1",
-        job_url="/s/jobs/job-1",
         created_at="2026-01-01T00:00:00Z",
     )

@@ -52,7 +52,7 @@ def test_adapter_and_merged_weights_load_in_stock_libraries_and_answer_alike(bas
 
     model = tuned(base)
     ours = logits(model)
-    write_products(model, trained_parameters(model), base, tmp_path / "new", make_job())
+    write_products(model, trained_parameters(model), base, tmp_path / "new", make_job(), "/s")
     stock = AutoModelForCausalLM.from_pretrained(base)
     assert not torch.allclose(logits(stock), ours, atol=1e-2)
     adapted = PeftModel.from_pretrained(stock, tmp_path / "new" / "adapter").eval()
@@ -67,7 +67,7 @@ def test_adapter_and_merged_weights_load_in_stock_libraries_and_answer_alike(bas
 
 def test_without_merge_adapter_the_new_model_holds_the_adapter_alone(base: Path, tmp_path: Path) -> None:
     model = tuned(base)
-    write_products(model, trained_parameters(model), base, tmp_path / "new", make_job(merge_adapter=False))
+    write_products(model, trained_parameters(model), base, tmp_path / "new", make_job(merge_adapter=False), "/s")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["README.md", "adapter", "training_logs"]
 
 

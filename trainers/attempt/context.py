@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from tunesmith.assets.catalog import Manifest
 from tunesmith.errors import ConflictError
 from tunesmith.jobs.attempts import EventWriter
-from tunesmith.jobs.drafting import output
 from tunesmith.jobs.spec import RegisterJob, TrainJob
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
@@ -34,7 +33,7 @@ def published(storage: Storage, job: TrainJob | RegisterJob) -> Manifest | None:
 
     ConflictError where another job did: what this one makes would have no place.
     """
-    key = layout.asset_manifest(*output(job))
+    key = layout.asset_manifest(*job.output)
     if not storage.exists(key):
         return None
     manifest = Manifest.model_validate_json(storage.get(key))

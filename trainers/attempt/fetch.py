@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.assets.catalog import Manifest
-from tunesmith.errors import NotFoundError
+from tunesmith.assets.catalog import Manifest, get_manifest
 from tunesmith.settings import Settings
+from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
-from tunesmith.storage.urls import open_patiently
 
 
 @dataclass(frozen=True)
@@ -39,30 +38,24 @@ def local_copy(storage: Storage, key: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def fetch(url: str, settings: Settings) -> Fetched:
-    """The model or dataset at `url`, where it lies on disk, else as a copy made once a node.
+def fetch(storage: Storage, kind: str, ref: str, settings: Settings) -> Fetched:
+    """The model or dataset `NAME@VERSION`, where it lies on disk, else as a copy made once a node.
 
-    Copies are kept under the installation's home, by URL and manifest. NotFoundError where there is no manifest.
+    Copies are kept under the installation's home, by storage and manifest. SpecError where there is no such version.
     """
-    storage = open_patiently(url, settings)
-    try:
-        text = storage.get("manifest.json")
-    except NotFoundError:
-        raise NotFoundError(
-            f"there is nothing at {url}", hint="was it deleted meanwhile?", code="unknown_url"
-        ) from None
-    manifest = Manifest.model_validate_json(text)
-    local = storage.local_path("files")
+    manifest = get_manifest(storage, kind, ref)
+    prefix = layout.asset_files(kind, manifest.name, manifest.version)
+    local = storage.local_path(prefix)
     if local is not None:
         return Fetched(local, manifest)
-    key = hashlib.sha256(url.encode() + b"\0" + text).hexdigest()[:32]
+    key = hashlib.sha256(f"{storage.url}\0{manifest.model_dump_json()}".encode()).hexdigest()[:32]
     place = settings.home / "cache" / "fetched" / key
     if place.is_dir():
         return Fetched(place, manifest)
     # Several workers of a node may fetch at once: each into a folder of its own, and the first one's stands.
     partial = place.with_name(f".{key}-{uuid.uuid4().hex}")
     try:
-        storage.download_folder("files", partial)
+        storage.download_folder(prefix, partial)
         try:
             partial.rename(place)
         except OSError:

@@ -15,10 +15,8 @@ from tunesmith.assets.catalog import Manifest
 from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError
 from tunesmith.jobs.attempts import Result
-from tunesmith.jobs.drafting import output
 from tunesmith.jobs.spec import TrainJob
 from tunesmith.storage import layout
-from tunesmith.storage.urls import open_patiently
 
 END_S = 30.0
 """What the other workers have to end, once one has failed, before Ray kills them."""
@@ -137,8 +135,8 @@ class _Gang:
         if left_out:
             names = ", ".join(left_out[:10])
             attempt.events.write(f"not taken into the model: {names} (links, or the base model's own files)")
-        base = Manifest.model_validate_json(open_patiently(job.model_url, attempt.settings).get("manifest.json"))
-        _, name, version = output(job)
+        base = catalog.get_manifest(attempt.storage, "model", job.model)
+        _, name, version = job.output
         manifest = Manifest(
             kind="model",
             name=name,

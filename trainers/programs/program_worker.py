@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.attempt.fetch import Fetched, fetch
+from trainers.attempt.publication import write_user_parameters
 from trainers.attempt.report import Report
 from trainers.programs import images, outputs, sandbox
 from trainers.programs.environments import Environment, own_environment
@@ -41,7 +42,6 @@ from tunesmith.errors import (
 )
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Result
-from tunesmith.jobs.drafting import output
 from tunesmith.jobs.flavors import get_flavor
 from tunesmith.jobs.spec import TrainJob
 from tunesmith.settings import Settings
@@ -151,11 +151,11 @@ def publish_output(worker: ProgramTask) -> tuple[list[File], list[str], bool]:
         raise LeaseLostError(f"attempt {worker.attempt} was given up for lost; it publishes nothing")
     from trainers.registration.language_models import look_for_language_model
 
-    base = fetch(worker.job.model_url, settings)
+    base = fetch(storage, "model", worker.job.model, settings)
     own = _folder(settings, worker) / "own"
     _write_own(worker, base, own, storage)
     kept = set(outputs.walk(own).files)
-    prefix = layout.asset_files(*output(worker.job))
+    prefix = layout.asset_files(*worker.job.output)
     folder = _folder(settings, worker) / "output"
 
     def is_kept(path: str) -> bool:
@@ -203,10 +203,7 @@ def _write_own(worker: ProgramTask, base: Fetched, own: Path, storage: Storage) 
         if (base.folder / name).is_file():
             (own / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.folder / name, own / name)
-    (own / "training_logs").mkdir()
-    filled = {"data_url": job.dataset_url, "train_url": job.output_url, "method": job.method, **job.advanced}
-    text = json.dumps({**filled, **job.hyperparameters}, indent=2, ensure_ascii=False)
-    (own / "training_logs" / "user_params.json").write_text(text, encoding="utf-8")
+    write_user_parameters(own, job, worker.storage_url)
     for key in (layout.requirements_lock(job.id, worker.attempt), layout.image_lock(job.id, worker.attempt)):
         with suppress(NotFoundError):
             (own / "training_logs" / key.rpartition("/")[2]).write_bytes(storage.get(key))
@@ -229,7 +226,8 @@ class _Run:
             outputs.remove(left)
         for name in ("output", "metrics", "tmp"):
             (self._folder / name).mkdir(mode=0o700, parents=True)
-        base, dataset = fetch(self._job.model_url, self._settings), fetch(self._job.dataset_url, self._settings)
+        base = fetch(self._storage, "model", self._job.model, self._settings)
+        dataset = fetch(self._storage, "dataset", self._job.dataset, self._settings)
         restored = self._restore_output() if self._worker.rank == 0 else 0
         if restored:
             message = f"the output has {restored} files that an earlier attempt left"

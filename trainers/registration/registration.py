@@ -18,7 +18,6 @@ from tunesmith.assets.training_types import TEXT_TYPES
 from tunesmith.clock import utc_text
 from tunesmith.errors import DataError
 from tunesmith.jobs.attempts import Result
-from tunesmith.jobs.drafting import output
 from tunesmith.jobs.spec import RegisterJob
 from tunesmith.storage import layout
 
@@ -40,7 +39,7 @@ def run_registration(attempt: Attempt, job: RegisterJob) -> Result:
         parts: dict[str, Any] = _check_dataset(folder) if job.asset == "dataset" else _check_model(folder, job)
         attempt.events.write(state="running", phase="publish")
         attempt.events.flush()
-        kind, asset_name, version = output(job)
+        kind, asset_name, version = job.output
         files = describe_files(folder)
         attempt.storage.upload_folder(folder, layout.asset_files(kind, asset_name, version))
     manifest = Manifest(
@@ -54,7 +53,7 @@ def run_registration(attempt: Attempt, job: RegisterJob) -> Result:
         **parts,
     )
     catalog.publish(attempt.storage, manifest)
-    message = f"{job.asset} {job.output} is registered"
+    message = f"{job.asset} {job.output_asset} is registered"
     if job.asset == "model" and manifest.training.reason:
         message += f"; {manifest.training.reason}"
     return Result(outcome="completed", message=message, time=utc_text())

@@ -37,7 +37,8 @@ def audit_order(spec: TrainSpec | RegisterSpec, settings: Settings, *, limit: in
     )
     if not isinstance(job, TrainJob):
         raise SpecError("only what a training job would train can be audited", fields=["kind"])
-    model, dataset = fetch(job.model_url, settings), fetch(job.dataset_url, settings)
+    model = fetch(storage, "model", job.model, settings)
+    dataset = fetch(storage, "dataset", job.dataset, settings)
     # Only now: it takes seconds to import, and an order may be refused before.
     from transformers import AutoTokenizer
 

@@ -97,7 +97,8 @@ def prepare(attempt: Attempt, job: TrainJob, deadline: float | None) -> None:
             told = read
 
     attempt.events.write(phase="fetch")
-    base, dataset = fetch(job.model_url, attempt.settings), fetch(job.dataset_url, attempt.settings)
+    base = fetch(storage, "model", job.model, attempt.settings)
+    dataset = fetch(storage, "dataset", job.dataset, attempt.settings)
     attempt.events.write(phase="tokenize")
     data = load_data(job, base.folder, dataset, storage, attempt.settings, progress=progress)
     attempt.events.write(phase="audit")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -12,13 +11,13 @@ from typing import Any
 
 import torch
 
+from trainers.attempt.publication import write_user_parameters
 from trainers.recipe.checkpoint_files import load_adapter, save_adapter
 from trainers.recipe.device import pick_device
 from trainers.recipe.lora import load_model
 from trainers.recipe.strategy import shares_base
 from tunesmith.assets.catalog import File, describe_files
 from tunesmith.errors import LeaseLostError, ModelError
-from tunesmith.jobs.drafting import output
 from tunesmith.jobs.spec import TrainJob
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -31,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 
 def write_products(
-    model: Any, weights: Mapping[str, torch.Tensor], base_folder: Path, folder: Path, job: TrainJob
+    model: Any, weights: Mapping[str, torch.Tensor], base_folder: Path, folder: Path, job: TrainJob, root: str
 ) -> None:
-    """Write the new model's files (contracts.md, section 5) to `folder`.
+    """Write the new model's files (contracts.md, section 5) to `folder`; `root` is the storage's URL.
 
     `model` is the tuned peft model, whose adapter's `weights` are given by their names in it; merging takes it apart,
     or, where its base is quantized or in pieces, a model of the base in full precision. ModelError where merged and
@@ -49,21 +48,12 @@ def write_products(
                 shutil.copyfile(path, folder / path.name)
     elif (base_folder / "README.md").exists():
         shutil.copyfile(base_folder / "README.md", folder / "README.md")
-    parameters = folder / "training_logs" / "user_params.json"
-    parameters.parent.mkdir()
-    parameters.write_text(json.dumps(user_parameters(job), indent=2, ensure_ascii=False))
+    write_user_parameters(folder, job, root)
 
 
 def _is_whole(model: Any, job: TrainJob) -> bool:
     """Whether the model's weights are all there, as its files have them."""
     return job.hyperparameters["bits"] is None and not shares_base(model)
-
-
-def user_parameters(job: TrainJob) -> dict[str, Any]:
-    """Every parameter the job ran with, defaults filled in."""
-    filled = {"data_url": job.dataset_url, "train_url": job.output_url}
-    given = {name: value for name, value in job.hyperparameters.items() if value is not None}
-    return {**job.hyperparameters, **filled, **given, **job.advanced}
 
 
 def in_full(base_folder: Path, adapter: Path, job: TrainJob) -> Any:
@@ -102,7 +92,7 @@ def upload_products(storage: Storage, folder: Path, job: TrainJob, attempt: int)
 
     LeaseLostError where the attempt was given up for lost meanwhile: another one may be at work there.
     """
-    kind, name, version = output(job)
+    kind, name, version = job.output
     files = describe_files(folder)
     for file in files:
         if storage.exists(layout.result(job.id, attempt)):

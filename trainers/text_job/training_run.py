@@ -18,9 +18,7 @@ from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, OutOfMemoryError, TunesmithError, UnavailableError, WorkerLostError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Result
-from tunesmith.jobs.drafting import output
 from tunesmith.jobs.spec import TrainJob
-from tunesmith.storage.urls import open_patiently
 
 # Read by Ray Train when it is imported. The controller takes one report of a worker in each interval.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
@@ -195,8 +193,8 @@ def _stopped(reason: str, summary: dict[str, Any]) -> Result:
 
 
 def _publish(attempt: Attempt, job: TrainJob, products: Mapping[str, Any]) -> None:
-    base = Manifest.model_validate_json(_read(attempt, job.model_url))
-    _, name, version = output(job)
+    base = catalog.get_manifest(attempt.storage, "model", job.model)
+    _, name, version = job.output
     catalog.publish(
         attempt.storage,
         Manifest(
@@ -215,10 +213,6 @@ def _publish(attempt: Attempt, job: TrainJob, products: Mapping[str, Any]) -> No
             details={**base.details, "adapter": True, "merged": bool(job.advanced["merge_adapter"])},
         ),
     )
-
-
-def _read(attempt: Attempt, url: str) -> bytes:
-    return open_patiently(url, attempt.settings).get("manifest.json")
 
 
 def _first_line(error: BaseException) -> str:

@@ -67,7 +67,8 @@ def _run(task: WorkerTask, worker: Worker, storage: PatientStorage, settings: Se
     uploads = Uploads(storage, job_id=job.id, attempt=task.attempt, keep=keep)
     reports = _Reports(worker, uploads)
     torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
-    base, dataset = fetch(job.model_url, settings).folder, fetch(job.dataset_url, settings)
+    base = fetch(storage, "model", job.model, settings).folder
+    dataset = fetch(storage, "dataset", job.dataset, settings)
     data = load_data(job, base, dataset, storage, settings)
     held_out = _held_out(data, job)
     rows = data.rows
@@ -146,7 +147,7 @@ def _run(task: WorkerTask, worker: Worker, storage: PatientStorage, settings: Se
         reports.send(outcome.steps, phase="save")
         if worker.rank == 0:
             with tempfile.TemporaryDirectory() as name:
-                write_products(outcome.model, outcome.weights, base, Path(name), job)
+                write_products(outcome.model, outcome.weights, base, Path(name), job, task.root)
                 files = [file.model_dump() for file in upload_products(storage, Path(name), job, task.attempt)]
     reports.send(outcome.steps, products={"summary": summary, "files": files, "stop_reason": stop.reason})
 

@@ -41,7 +41,7 @@ def draft(
     created_at: str,
     capacity: Callable[[], Mapping[str, float]] | None = None,
 ) -> TrainJob | RegisterJob:
-    """Check `spec` and fill it in; the output's version is one above the newest in storage.
+    """Check `spec` and fill it in; the output's version is one above the newest in storage until the job is recorded.
 
     `capacity`: all resources of the cluster; without it, what only some clusters have is left to the job to find out.
     Raises SpecError, or DataError for a dataset without the named columns, that says what was given, what is allowed
@@ -75,30 +75,8 @@ def draft(
         output_model=f"{spec.output_model}@{version}",
         priority=spec.priority,
         max_run_time_s=spec.max_run_time_s,
-        model_url=layout.join(storage.url, layout.asset("model", model.name, model.version)),
-        dataset_url=layout.join(storage.url, layout.asset("dataset", dataset.name, dataset.version)),
-        output_url=layout.join(storage.url, layout.asset("model", spec.output_model, version)),
-        job_url=layout.join(storage.url, layout.job(job_id)),
         created_at=created_at,
     )
-
-
-def output(job: TrainJob | RegisterJob) -> tuple[str, str, int]:
-    """Kind, name and version of what a job makes."""
-    if isinstance(job, RegisterJob):
-        kind, ref = job.asset, job.output
-    else:
-        kind, ref = "model", job.output_model
-    name, _, version = ref.partition("@")
-    return kind, name, int(version)
-
-
-def with_version(job: TrainJob | RegisterJob, version: int) -> TrainJob | RegisterJob:
-    """The same job, with another version of its output."""
-    _, name, _ = output(job)
-    field = "output" if isinstance(job, RegisterJob) else "output_model"
-    url = f"{job.output_url.rpartition('/')[0]}/{version}"
-    return job.model_copy(update={field: f"{name}@{version}", "output_url": url})
 
 
 def _draft_registration(
@@ -113,9 +91,7 @@ def _draft_registration(
         asset=spec.asset,
         source=spec.source,
         task_type=spec.task_type,
-        output=f"{spec.name}@{version}",
-        output_url=layout.join(storage.url, layout.asset(spec.asset, spec.name, version)),
-        job_url=layout.join(storage.url, layout.job(job_id)),
+        output_asset=f"{spec.name}@{version}",
         created_at=created_at,
     )
 

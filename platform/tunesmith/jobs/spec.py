@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
@@ -11,9 +11,6 @@ from tunesmith.assets.training_types import CUSTOM
 from tunesmith.errors import SpecError, nearest
 from tunesmith.frozen import Frozen
 from tunesmith.hyperparameters import ADVANCED, GUIDE, json_schema
-
-SCHEMA_VERSION = 1
-
 
 # A custom model has names of its own.
 _HYPERPARAMETERS = {**json_schema(GUIDE), "additionalProperties": True}
@@ -56,8 +53,19 @@ class RegisterSpec(Frozen):
 Spec = Annotated[TrainSpec | RegisterSpec, Field(discriminator="kind")]
 
 
+class Output(NamedTuple):
+    """The new model or dataset that a job makes."""
+
+    kind: Literal["model", "dataset"]
+    name: str
+    version: int
+
+
 class TrainJob(Frozen):
-    """`job.json` of a training run: everything the driver needs, never a secret."""
+    """`job.json` of a training run: everything the driver needs, never a secret.
+
+    It names models and datasets by reference; they lie in the storage that `job.json` itself is read from.
+    """
 
     schema_version: Literal[1] = 1
     id: str
@@ -80,12 +88,6 @@ class TrainJob(Frozen):
     """`NAME@VERSION` of the new model."""
     priority: int = 0
     max_run_time_s: int | None = None
-    model_url: str
-    """Prefix of the base model, which holds `files/` and `manifest.json`; likewise the next two."""
-    dataset_url: str
-    output_url: str
-    job_url: str
-    """Prefix of the job."""
     created_at: str
 
     @property
@@ -93,9 +95,18 @@ class TrainJob(Frozen):
         """Whether the model's own `train.py` trains it."""
         return self.training_type == CUSTOM
 
+    @property
+    def output(self) -> Output:
+        """What the job makes."""
+        return _output("model", self.output_model)
+
+    def with_version(self, version: int) -> Self:
+        """The same job, with another version of its output."""
+        return self.model_copy(update={"output_model": f"{self.output.name}@{version}"})
+
 
 class RegisterJob(Frozen):
-    """`job.json` of a registration: copy, check, and publish as `output`."""
+    """`job.json` of a registration: copy, check, and publish as `output_asset`."""
 
     schema_version: Literal[1] = 1
     id: str
@@ -105,11 +116,18 @@ class RegisterJob(Frozen):
     asset: Literal["model", "dataset"]
     source: str
     task_type: str | None = None
-    output: str
+    output_asset: str
     """`NAME@VERSION` of the new model or dataset."""
-    output_url: str
-    job_url: str
     created_at: str
+
+    @property
+    def output(self) -> Output:
+        """What the job makes."""
+        return _output(self.asset, self.output_asset)
+
+    def with_version(self, version: int) -> Self:
+        """The same job, with another version of its output."""
+        return self.model_copy(update={"output_asset": f"{self.output.name}@{version}"})
 
 
 Job = Annotated[TrainJob | RegisterJob, Field(discriminator="kind")]
@@ -156,6 +174,11 @@ def refusal(items: Iterable[Mapping[str, Any]]) -> SpecError:
         else:
             sentences.append(f"{path or 'the document'}: {item['msg']}, got {_short(item['input'])}")
     return SpecError("; ".join(sentences), fields=fields, hint=hint)
+
+
+def _output(kind: Literal["model", "dataset"], ref: str) -> Output:
+    name, _, version = ref.partition("@")
+    return Output(kind, name, int(version))
 
 
 def _short(value: Any, limit: int = 80) -> str:

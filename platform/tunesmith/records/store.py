@@ -18,7 +18,6 @@ import sqlalchemy as sa
 
 from tunesmith.clock import utc_text
 from tunesmith.errors import ConflictError, LeaseLostError, NotFoundError, SpecError
-from tunesmith.jobs.drafting import output, with_version
 from tunesmith.jobs.spec import RegisterJob, TrainJob, parse_job
 from tunesmith.jobs.states import FINAL, Change, Status, apply
 
@@ -153,13 +152,13 @@ class RecordStore:
             first = self._first_answer(connection, job.account, idempotency_key, body_hash)
             if first is not None:
                 return first
-            kind, name, version = output(job)
+            kind, name, version = job.output
             taken = connection.scalar(
                 sa.select(sa.func.max(_JOBS.c.output_version)).where(
                     _JOBS.c.output_kind == kind, _JOBS.c.output_name == name
                 )
             )
-            job = with_version(job, max(version, (taken or 0) + 1))
+            job = job.with_version(max(version, (taken or 0) + 1))
             record = self._add(connection, job)
             response = respond(record)
             if idempotency_key is not None:
@@ -182,7 +181,7 @@ class RecordStore:
 
     def adopt(self, job: TrainJob | RegisterJob, *, lease: Lease) -> Record | None:
         """A `pending` record for a job that was started without a door; None where its id or output is known."""
-        kind, name, version = output(job)
+        kind, name, version = job.output
         with self._transaction() as connection:
             self._check_lease(connection, lease)
             known = sa.select(_JOBS.c.id).where(
@@ -363,26 +362,39 @@ class RecordStore:
         return Insertion(self._find(connection, row.job_id), json.loads(row.response), replayed=True)
 
     def _add(self, connection: sa.Connection, job: TrainJob | RegisterJob) -> Record:
-        kind, name, version = output(job)
+        record = Record(
+            id=job.id,
+            kind=job.kind,
+            name=job.name,
+            account=job.account,
+            status=Status(),
+            job=job,
+            submission_id=None,
+            created_at=job.created_at,
+            updated_at=job.created_at,
+            started_at=None,
+            ended_at=None,
+            deleted_at=None,
+            version=1,
+        )
         connection.execute(
             _JOBS.insert().values(
-                id=job.id,
-                kind=job.kind,
-                name=job.name,
-                account=job.account,
-                state="pending",
-                attempt=0,
+                id=record.id,
+                kind=record.kind,
+                name=record.name,
+                account=record.account,
+                **{name: getattr(record.status, name) for name in _STATUS},
                 job=job.model_dump_json(),
-                output_kind=kind,
-                output_name=name,
-                output_version=version,
-                created_at=job.created_at,
-                updated_at=job.created_at,
-                version=1,
+                output_kind=job.output.kind,
+                output_name=job.output.name,
+                output_version=job.output.version,
+                created_at=record.created_at,
+                updated_at=record.updated_at,
+                version=record.version,
             )
         )
         self._append(connection, job.id, Change(state="pending"), at=job.created_at)
-        return self._find(connection, job.id)
+        return record
 
     def _write(
         self,
