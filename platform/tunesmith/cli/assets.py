@@ -47,6 +47,7 @@ def show_dataset_readme(ref: Ref) -> None:
 
 def register_model(
     name: NewName,
+    *,
     source: Source,
     task_type: Annotated[
         str | None, typer.Option(help="text-question-answering, text-generation, or another; default: the card's.")
@@ -74,7 +75,7 @@ def show_dataset(ref: Ref, as_json: AsJson = False) -> None:
     answer(view, as_json, lambda: rendering.asset(view))
 
 
-def register_dataset(name: NewName, source: Source, wait: Wait = True, as_json: AsJson = False) -> None:
+def register_dataset(name: NewName, *, source: Source, wait: Wait = True, as_json: AsJson = False) -> None:
     """Take a dataset in: a task on the cluster copies it and reads its columns."""
     with open_client() as client:
         job = client.register_dataset(name, _absolute(source))
@@ -90,6 +91,7 @@ def list_flavors(as_json: AsJson = False) -> None:
 
 def hyperparameters(
     name: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
+    *,
     model: Annotated[str | None, typer.Option(help="Defaults and bounds for this model.")] = None,
     chinese: Annotated[bool, typer.Option("--zh", help="Say in Chinese what each is.")] = False,
     as_json: AsJson = False,

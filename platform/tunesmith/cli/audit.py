@@ -10,9 +10,9 @@ import typer
 
 from tunesmith.cli import rendering
 from tunesmith.cli.jobs import JobId
+from tunesmith.cli.order_options import Advanced, Set, Type
 from tunesmith.cli.session import REFUSED, AsJson, messages, open_client, output, read_settings
 from tunesmith.cli.spec_files import with_flags
-from tunesmith.cli.submit import Advanced, Set, Type
 from tunesmith.errors import TunesmithError, UnavailableError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _BAR = 40
 
 def audit_dataset(
     dataset: Dataset,
+    *,
     model: Model,
     training_type: Type = None,
     set_: Set = None,

@@ -17,6 +17,7 @@ Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the jo
 
 
 def list_jobs(
+    *,
     kind: Annotated[str | None, typer.Option(help="train or register; default: both.")] = None,
     state: Annotated[list[str] | None, typer.Option(help="Only jobs of this state; may be repeated.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
@@ -66,6 +67,7 @@ def events(job_id: JobId, follow: Follow = False, as_json: AsJson = False) -> No
 
 def logs(
     job_id: JobId,
+    *,
     follow: Follow = False,
     rank: Annotated[str, typer.Option(help="A worker's number, or `driver`.")] = "driver",
     as_json: AsJson = False,
@@ -88,6 +90,7 @@ def logs(
 
 def metrics(
     job_id: JobId,
+    *,
     follow: Follow = False,
     name: Annotated[list[str] | None, typer.Option(help="Only this metric; may be repeated.")] = None,
     as_json: AsJson = False,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith.cli import rendering
+from tunesmith.cli.order_options import OrderOptions, takes_order
 from tunesmith.cli.session import (
     INTERRUPTED,
     AsJson,
@@ -19,55 +20,27 @@ from tunesmith.cli.session import (
     output,
     read_settings,
 )
-from tunesmith.cli.spec_files import read_order, with_flags
 from tunesmith.errors import SpecError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.api.client import Client
-    from tunesmith.jobs.spec import RegisterSpec, TrainSpec
+    from tunesmith.jobs.spec import TrainSpec
     from tunesmith.settings import Settings
 
-File = Annotated[str | None, typer.Argument(help="The order as YAML or JSON; `-`: from stdin. Flags override it.")]
-Model = Annotated[str | None, typer.Option(metavar="NAME[@VERSION]", help="What to tune.")]
-Dataset = Annotated[str | None, typer.Option(metavar="NAME[@VERSION]", help="What to train on.")]
-Type = Annotated[
-    str | None, typer.Option(help="text-question-answering, text-generation or custom; default: the model's.")
-]
-MethodName = Annotated[str | None, typer.Option("--method", help="LoRA; with custom, one of the model's own.")]
-Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="A hyperparameter.")]
-Advanced = Annotated[list[str] | None, typer.Option("--advanced", "-a", metavar="NAME=VALUE", help="An advanced one.")]
-FlavorName = Annotated[str | None, typer.Option(help="What one worker gets; `tunesmith flavors list`.")]
-Cards = Annotated[int | None, typer.Option(help="Accelerators in all; with a CPU flavor: workers. Default: 1.")]
-NewModel = Annotated[str | None, typer.Option(help="Name of the new model.")]
-Name = Annotated[str | None, typer.Option(help="Name of the job; default: the new model's.")]
-Priority = Annotated[int | None, typer.Option(help="-100 to 100; higher goes first.")]
-RunTime = Annotated[int | None, typer.Option(help="Seconds after which it is stopped with a checkpoint.")]
 
-
+@takes_order
 def submit(
-    file: File = None,
-    model: Model = None,
-    dataset: Dataset = None,
-    training_type: Type = None,
-    method: MethodName = None,
-    set_: Set = None,
-    advanced: Advanced = None,
-    flavor: FlavorName = None,
-    cards: Cards = None,
-    output_model: NewModel = None,
-    name: Name = None,
-    priority: Priority = None,
-    max_run_time_s: RunTime = None,
+    order: OrderOptions,
+    *,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch it until it ends.")] = False,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key never orders twice.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Order a job: show what it comes to, ask, submit."""
-    flags = _flags(model, dataset, training_type, method, flavor, cards, output_model, name, priority, max_run_time_s)
-    spec = _spec(file, flags, set_, advanced)
+    """Order a job: show the plan, ask, submit."""
+    spec = order.spec()
     if spec.kind == "register":
         raise SpecError("the file describes a registration", hint=f"tunesmith {spec.asset}s register NAME SOURCE")
     console = messages() if as_json else output()
@@ -83,22 +56,8 @@ def submit(
     answer(job, as_json, lambda: f"{job.id} is submitted; `tunesmith jobs watch {job.id}` shows how it goes")
 
 
-def render(
-    file: File = None,
-    model: Model = None,
-    dataset: Dataset = None,
-    training_type: Type = None,
-    method: MethodName = None,
-    set_: Set = None,
-    advanced: Advanced = None,
-    flavor: FlavorName = None,
-    cards: Cards = None,
-    output_model: NewModel = None,
-    name: Name = None,
-    priority: Priority = None,
-    max_run_time_s: RunTime = None,
-    as_json: AsJson = False,
-) -> None:
+@takes_order
+def render(order: OrderOptions, *, as_json: AsJson = False) -> None:
     """Write a job.json to the storage, and say how Ray alone runs it: no front door is asked."""
     from tunesmith.clock import utc_text
     from tunesmith.errors import ConflictError
@@ -106,13 +65,11 @@ def render(
     from tunesmith.storage import layout
     from tunesmith.storage.urls import open_storage
 
-    flags = _flags(model, dataset, training_type, method, flavor, cards, output_model, name, priority, max_run_time_s)
-    spec = _spec(file, flags, set_, advanced)
     settings = read_settings()
     storage = open_storage(settings.storage_url, settings)
     job_id = new_job_id()
     job = draft(
-        spec, storage=storage, settings=settings, account=settings.account, job_id=job_id, created_at=utc_text()
+        order.spec(), storage=storage, settings=settings, account=settings.account, job_id=job_id, created_at=utc_text()
     )
     key = layout.job_json(job_id)
     if not storage.put_if_absent(key, job.model_dump_json(indent=2).encode()):
@@ -141,21 +98,6 @@ def submit_command(url: str, settings: Settings) -> str:
     words += ["--runtime-env-json", json.dumps({"env_vars": variables})]
     words += ["--", settings.python, "-m", "trainers", url]
     return shlex.join(words)
-
-
-def _flags(*given: Any) -> dict[str, Any]:
-    names = ("model", "dataset", "training_type", "method", "flavor", "cards", "output_model", "name", "priority",
-             "max_run_time_s")  # fmt: skip
-    return {name: value for name, value in zip(names, given, strict=True) if value is not None}
-
-
-def _spec(
-    file: str | None, flags: dict[str, Any], hyperparameters: list[str] | None, advanced: list[str] | None
-) -> TrainSpec | RegisterSpec:
-    from tunesmith.jobs.spec import parse_spec
-
-    order = read_order(file) if file is not None else {}
-    return parse_spec(with_flags(order, flags, hyperparameters=hyperparameters or (), advanced=advanced or ()))
 
 
 def _show_plan(client: Client, spec: TrainSpec, console: Console) -> None:
