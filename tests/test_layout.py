@@ -4,14 +4,18 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 from tunesmith.errors import SpecError
 from tunesmith.storage import layout
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ("platform", "trainers", "serve_app", "cluster_configs", "benchmarks", "demo", "examples")
 
 
 def test_platform_is_a_source_root_and_hides_nothing() -> None:
@@ -21,14 +25,67 @@ def test_platform_is_a_source_root_and_hides_nothing() -> None:
     assert done.stdout.strip()
 
 
-def test_the_core_imports_no_torch() -> None:
-    code = (
-        "import sys, tunesmith.jobs.spec, tunesmith.jobs.flavors, tunesmith.hyperparameters, tunesmith.jobs.states; "
-        "print(sorted({'torch', 'fastapi', 'transformers'} & set(sys.modules)))"
-    )
+def loaded_by(code: str) -> set[str]:
+    """The top packages that a fresh interpreter has loaded after `code`."""
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
-    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    ask = f"import sys\n{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", ask], env=path, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_whole_core_loads_neither_torch_nor_a_web_framework() -> None:
+    names = [
+        ".".join(path.relative_to(ROOT / "platform").with_suffix("").parts)
+        for path in sorted((ROOT / "platform" / "tunesmith").rglob("*.py"))
+        # Programs of models, and what runs inside of alembic.
+        if not {"skeletons", "env.py"} & {*path.parts}
+    ]
+    assert len(names) > 50
+    loaded = loaded_by(f"import importlib\nfor name in {names}: importlib.import_module(name)")
+    assert "tunesmith" in loaded and "sqlalchemy" in loaded
+    assert loaded & {"torch", "transformers", "peft", "deepspeed", "fastapi", "starlette"} == set()
+
+
+def test_the_client_loads_neither_database_nor_ray_nor_torch() -> None:
+    loaded = loaded_by("import tunesmith.api.client")
+    assert {"tunesmith", "httpx"} <= loaded
+    assert loaded & {"sqlalchemy", "alembic", "ray", "torch", "boto3", "numpy", "pyarrow"} == set()
+
+
+def modules() -> dict[Path, ast.Module]:
+    """Every module of the sources."""
+    return {
+        path: ast.parse(path.read_text(encoding="utf-8"))
+        for folder in SOURCES
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
+
+
+def test_no_folder_has_more_than_twenty_modules_beside_each_other() -> None:
+    beside = Counter(path.parent for path in modules() if path.name != "__init__.py")
+    assert len(beside) > 20
+    assert {folder: number for folder, number in beside.items() if number > 20} == {}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = grimp.build_graph("tunesmith", "trainers", "serve_app", "cluster_configs", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert len(imports) > 100
+    # Raises CycleError, which names the circle.
+    TopologicalSorter(imports).prepare()
+
+
+def test_the_core_names_nothing_above_it() -> None:
+    above = ("local", "cli")
+    named = {
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, tree in modules().items()
+        for node in ast.walk(tree)
+        if path.is_relative_to(core := ROOT / "platform" / "tunesmith") and path.relative_to(core).parts[0] not in above
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.search(r"\b(trainers|serve_app)\b", node.value)
+    }
+    assert named == set()
 
 
 @pytest.mark.parametrize("name", ["", "A", "../x", "a/b", "a..b", "-a", "a" * 64, "模型"])
@@ -68,11 +125,7 @@ def imported_by(path: Path) -> set[str]:
 
 def test_no_test_imports_another_and_no_program_that_ships_imports_a_test() -> None:
     tests = {path: imported_by(path) for path in (ROOT / "tests").rglob("*.py")}
-    shipped = {
-        path: imported_by(path)
-        for folder in ("platform", "trainers", "serve_app", "cluster_configs", "benchmarks", "demo", "examples")
-        for path in (ROOT / folder).rglob("*.py")
-    }
+    shipped = {path: imported_by(path) for folder in SOURCES for path in (ROOT / folder).rglob("*.py")}
     assert len(tests) > 50 and len(shipped) > 100
     assert [(path, name) for path, names in tests.items() for name in names if re.search(r"\.test_\w+", name)] == []
     assert [(path, name) for path, names in shipped.items() for name in names if re.match(r"tests\b", name)] == []

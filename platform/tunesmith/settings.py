@@ -57,7 +57,7 @@ class Settings(Frozen):
     ray_temp_dir: str = "/tmp"
     """Folder in which `tunesmith up` makes Ray's own; at most 30 characters, because paths of sockets are short."""
     python: str = Field(default_factory=lambda: sys.executable)
-    """Interpreter that runs `python -m trainers` on the cluster, as a full path."""
+    """Interpreter that runs the drivers of jobs on the cluster, as a full path."""
     import_roots: str = "/"
     """Folders, separated by `:`, that a registration may read local files from."""
     segment_s: Seconds = 5.0

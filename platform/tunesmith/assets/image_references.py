@@ -75,9 +75,8 @@ def check_cluster(capacity: Mapping[str, float], *, model: str) -> None:
     raise SpecError(
         f"{model} is trained in an image, and no node of the cluster has podman",
         fields=["model"],
-        hint="the operator installs podman on a node, where `python -m trainers.programs.images` says what is "
-        "missing, and starts Ray there again; a model without Train_image_url in its card is trained by its "
-        "gallery_train/train.py",
+        hint="the operator installs podman on a node and starts Ray there again, as docs/custom-models.md says; "
+        "a model without Train_image_url in its card is trained by its gallery_train/train.py",
         code="no_podman",
     )
 
