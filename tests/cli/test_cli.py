@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 from rich.console import Console
+from ruamel.yaml import YAML
 
 from tests.support.live_door import LiveDoor, figure
 from tests.support.stage import SPEC, make_manifest
@@ -72,7 +72,7 @@ def client(live_door: LiveDoor) -> Client:
 @pytest.fixture
 def order(tmp_path: Path) -> Path:
     path = tmp_path / "order.yaml"
-    path.write_text(yaml.safe_dump(SPEC))
+    YAML(typ="safe").dump(SPEC, path)
     return path
 
 

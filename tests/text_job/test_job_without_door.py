@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 from safetensors import safe_open
 
 from tests.support import jobs
@@ -47,7 +47,7 @@ def environment(running: Running) -> dict[str, str]:
 
 def render(running: Running, order: dict[str, object], folder: Path) -> str:
     """`tunesmith jobs render`; the URL of the job.json."""
-    (folder / "order.yaml").write_text(yaml.safe_dump(order))
+    YAML(typ="safe").dump(order, folder / "order.yaml")
     tunesmith = Path(sys.executable).with_name("tunesmith")
     command = [tunesmith, "jobs", "render", folder / "order.yaml", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(running), check=False)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tunesmith.assets.located_yaml import MAX_BYTES, YamlError, read_yaml
 from tunesmith.errors import ModelError
 
 FILE = "README.md"
@@ -33,17 +32,21 @@ def read_card(folder: Path) -> Card:
     path = folder / FILE
     if not path.is_file():
         return Card()
-    parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(MAX_BYTES)
+    parts = text.split("---\n", 2)
+    if len(parts) == 2 and not parts[0].strip() and len(text) == MAX_BYTES:
+        raise ModelError(f"{FILE}: the front matter does not end within {MAX_BYTES} characters", fields=[FILE])
     if len(parts) < 3 or parts[0].strip():
         return Card()
-    first = parts[0].count("\n") + 2
+    before = parts[0].count("\n") + 1
     try:
-        values, node = yaml.safe_load(parts[1]), yaml.compose(parts[1], yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{FILE}:{first + mark.line}" if mark is not None else FILE
-        why = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ModelError(f"{where}: the front matter is not YAML: {why}", fields=[FILE]) from None
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        document = read_yaml(parts[1])
+    except YamlError as error:
+        where = FILE if error.line is None else f"{FILE}:{before + error.line}"
+        raise ModelError(
+            f"{where}: the front matter is not YAML that can be read: {error.why}", fields=[FILE]
+        ) from None
+    if not isinstance(document.value, dict):
         return Card()
-    return Card(values, {key.value: first + key.start_mark.line for key, _ in node.value})
+    return Card(document.value, {key: before + line for key, line in document.lines.items()})

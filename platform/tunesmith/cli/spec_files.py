@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tunesmith.assets.located_yaml import YamlError, read_yaml
 from tunesmith.errors import SpecError
 from tunesmith.hyperparameters import ADVANCED, GUIDE, Hyperparameter, Value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's words: `off` is a text and 2e-4 a number, where PyYAML's 1.1 has a boolean and a text."""
-
-
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regex) for tag, regex in known if first not in "yYnNoO" or not tag.endswith(":bool")]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-# After those of integers, which it would take as well.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT.pattern + "$"), list("-+.0123456789"))
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -33,16 +17,14 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 def read_order(file: str) -> dict[str, Any]:
     """The document in `file` (`-`: stdin); SpecError for what is no mapping in YAML or JSON."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text()
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        document = json.loads(text)
-    except ValueError:  # YAML, then; JSON first, for YAML does not take JSON's tabs
-        try:
-            document = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise SpecError(f"{file} is neither YAML nor JSON: {error}") from None
+        document = read_yaml(text).value
+    except YamlError as error:
+        where = file if error.line is None else f"{file}:{error.line}"
+        raise SpecError(f"{where}: neither YAML nor JSON that can be read: {error.why}") from None
     if not isinstance(document, dict):
         raise SpecError(f"{file} must hold one mapping, such as `model: NAME`, got {type(document).__name__}")
     return document
@@ -85,7 +67,7 @@ def _typed(text: str, section: str, known: Sequence[Hyperparameter]) -> tuple[st
 
 def _scalar(raw: str) -> Value:
     try:
-        value = yaml.load(raw, _Loader)
-    except (yaml.YAMLError, ValueError):
+        value = read_yaml(raw).value
+    except YamlError:
         return raw
     return value if value is None or type(value) in (str, int, float, bool) else raw

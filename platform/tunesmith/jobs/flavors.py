@@ -7,9 +7,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-import yaml
 from pydantic import Field
 
+from tunesmith.assets.located_yaml import read_yaml
 from tunesmith.errors import SpecError, nearest
 from tunesmith.frozen import Frozen
 
@@ -36,7 +36,7 @@ class Flavor(Frozen):
 @cache
 def load_flavors() -> dict[str, Flavor]:
     """All flavors of the platform, by name, from `cluster_configs/flavors.yaml`."""
-    rows = yaml.safe_load(files("cluster_configs").joinpath("flavors.yaml").read_text())
+    rows = read_yaml(files("cluster_configs").joinpath("flavors.yaml").read_text(encoding="utf-8")).value
     return {flavor.name: flavor for flavor in map(Flavor.model_validate, rows)}
 
 
