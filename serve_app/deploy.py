@@ -22,8 +22,8 @@ from tunesmith.storage.urls import open_promptly
 
 DOOR = "door"
 RECONCILER = "reconciler"
-JOIN_S = 10.0
-"""How long the end of a round is waited for when a reconciler is ended, seconds."""
+JOIN_S = 4.0
+"""How long the end of a round, and then of what is under way, is waited for when a reconciler is ended, seconds."""
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ class ReconcilerReplica:
     def __del__(self) -> None:
         self._ending.set()
         self._thread.join(JOIN_S)
-        if not self._thread.is_alive():
-            self._reconciler.close()
+        self._reconciler.close(JOIN_S)
 
     def _run(self) -> None:
         while not self._ending.wait(self._pause_s):

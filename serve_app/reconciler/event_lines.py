@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from pydantic import ValidationError
 
@@ -36,6 +36,12 @@ class EventLines:
 
     def forget(self, job_id: str, attempt: int) -> None:
         self._places.pop((job_id, attempt), None)
+
+    def keep(self, job_ids: Collection[str]) -> None:
+        """Forget all jobs but these."""
+        for job_id, attempt in list(self._places):
+            if job_id not in job_ids:
+                self.forget(job_id, attempt)
 
 
 def _parse(text: bytes, job_id: str) -> EventLine | None:

@@ -13,7 +13,10 @@ from tunesmith.records.store import Lease, Line, Record, RecordStore
 
 
 class LeasedRecords:
-    """Every write checks the lease in its own transaction, so one who lost it changes nothing (LeaseLostError)."""
+    """Every write checks the lease in its own transaction, so one who lost it changes nothing (LeaseLostError).
+
+    One thread holds the lease, by `hold`; any number of threads write.
+    """
 
     def __init__(
         self,
@@ -29,25 +32,28 @@ class LeasedRecords:
         self._holder = holder
         self._duration_s = duration_s
         self._clock = clock
-        self._lease: Lease | None = None
-        self._renewed_at = 0.0
+        self._lease: tuple[Lease, float] | None = None
+        """And when it ends, were it not renewed."""
 
     def hold(self) -> bool:
         """Take or renew the lease; False while another holds it."""
-        self._lease = self.store.acquire_lease(self._name, self._holder, duration_s=self._duration_s)
-        self._renewed_at = self._clock()
-        return self._lease is not None
+        now = self._clock()
+        lease = self.store.acquire_lease(self._name, self._holder, duration_s=self._duration_s)
+        self._lease = None if lease is None else (lease, now + self._duration_s)
+        return lease is not None
 
-    def renew(self) -> None:
-        """Keep it through a long round; LeaseLostError where another took it."""
-        if self._clock() - self._renewed_at > self._duration_s / 3 and not self.hold():
-            raise LeaseLostError(f"the lease {self._name!r} was taken by another")
+    def held(self) -> Lease:
+        """The lease; LeaseLostError where it is not held. Asked before what no transaction guards."""
+        held = self._lease
+        if held is None or held[1] <= self._clock():
+            raise LeaseLostError(f"the lease {self._name!r} is not held")
+        return held[0]
 
     def release(self) -> None:
         """Give it back, so that the next need not wait for its end."""
-        if self._lease is not None:
-            self.store.release_lease(self._lease)
-            self._lease = None
+        held, self._lease = self._lease, None
+        if held is not None:
+            self.store.release_lease(held[0])
 
     def change(
         self,
@@ -64,7 +70,7 @@ class LeasedRecords:
         return self.store.change(
             record.id,
             change,
-            lease=self._held(),
+            lease=self.held(),
             expect=(record.status.state,) if expect is None else expect,
             submission_id=submission_id,
             data=data,
@@ -73,9 +79,7 @@ class LeasedRecords:
         )
 
     def adopt(self, job: TrainJob | RegisterJob) -> Record | None:
-        return self.store.adopt(job, lease=self._held())
+        return self.store.adopt(job, lease=self.held())
 
-    def _held(self) -> Lease:
-        if self._lease is None:
-            raise LeaseLostError(f"the lease {self._name!r} is not held")
-        return self._lease
+    def mark_purged(self, job_id: str) -> None:
+        self.store.mark_purged(job_id, lease=self.held())

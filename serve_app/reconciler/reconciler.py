@@ -2,31 +2,35 @@
 
 Each step looks at what is there and does what is missing; what it does can be done twice without harm: job.json and
 the claim are conditional writes, Ray refuses a used submission id, and the database checks the lease and every move.
+
+A round asks the database alone. What has to ask storage or Ray is handed to threads, so that a slow answer delays its
+own job and no other, and never costs the lease.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
+from serve_app.reconciler.adoption import Adoption
+from serve_app.reconciler.lanes import Countdown, Lanes
 from serve_app.reconciler.launcher import Launcher, submission_id
 from serve_app.reconciler.lease import LeasedRecords
 from serve_app.reconciler.scheduler import take_turns
 from serve_app.reconciler.supervisor import Supervisor, became
-from tunesmith.errors import ConflictError, LeaseLostError, SpecError, StorageError, UnavailableError
+from tunesmith.errors import ConflictError, LeaseLostError, NotFoundError, StorageError, UnavailableError
 from tunesmith.jobs import attempts
-from tunesmith.jobs.spec import parse_job
 from tunesmith.jobs.states import ON_CLUSTER, Change
-from tunesmith.records.store import Record, RecordStore
+from tunesmith.records.store import Record, RecordStore, Unfinished
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
 LEASE = "reconciler"
-ADOPTION_S = 10.0
-"""Pause between two looks for jobs that were started without a door, seconds."""
+_WIDTHS = {"jobs": 16, "queue": 1, "adoption": 1, "purges": 2}
+"""How many threads do what: look after a job each; take turns; look for jobs without a record; delete a job each."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +50,11 @@ class Reconciler:
     ) -> None:
         self._storage = storage
         self._launcher = launcher
-        self._settings = settings
         self._clock = clock
         self._records = LeasedRecords(store, LEASE, holder=holder, duration_s=settings.lease_s, clock=clock)
         self._supervisor = Supervisor(self._records, storage, launcher, settings, clock)
-        self._looked_at: float | None = None
-        self._strangers: set[str] = set()
-        """Folders that hold no job which could be adopted; said once."""
+        self._adoption = Adoption(self._records, storage, account=settings.account, clock=clock)
+        self._lanes = Lanes(_WIDTHS)
         self._unclaimed: set[tuple[str, int]] = set()
         """Next attempts of queued jobs that nobody had claimed."""
         self._lost_at: dict[tuple[str, int], float] = {}
@@ -60,61 +62,83 @@ class Reconciler:
         self._complaints: dict[str, str] = {}
 
     def round(self) -> None:
-        """One pass over all jobs that are not final. Does nothing while another holds the lease."""
-        try:
-            if not self._records.hold():
-                return
-            self._guarded("adoption", self._adopt)
-            for record in self._records_in("pending"):
-                self._guarded(record.id, partial(self._write_down, record))
-            self._guarded("queue", self._start_next)
-            for record in self._records_in(*ON_CLUSTER):
-                self._guarded(record.id, partial(self._supervisor.step, record))
-            for job_id in self._records.store.deleted_unpurged():
-                self._guarded(job_id, partial(self._purge, job_id))
-        except LeaseLostError as error:
-            logger.warning("this round ends: %s", error)
+        """Renew the lease and hand all jobs that are not final to the threads; nothing while another holds it."""
+        if not self._records.hold():
+            self._keep(())
+            return
+        jobs = self._records.store.unfinished()
+        deleted = self._records.store.deleted_unpurged()
+        self._keep([*(job.id for job in jobs), *deleted, *self._adoption.unknown])
+        if self._adoption.is_due():
+            self._hand("adoption", "adoption", self._adopt)
+        # Turns are taken once all that came since the last round can have theirs, so that the order is kept.
+        arrivals = Countdown(self._hand_queue)
+        for job in jobs:
+            if job.state in ON_CLUSTER or self._lanes.is_busy("jobs", job.id):
+                self._hand_job(job.id)
+            elif not self._has_arrived(job):
+                self._hand("jobs", job.id, arrivals.add(partial(self._look_after, job.id)))
+        arrivals.begin()
+        for job_id in deleted:
+            self._hand("purges", job_id, partial(self._purge, job_id))
 
-    def close(self) -> None:
-        """Give the lease back."""
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until everything that was handed to the threads is done; False where the time is over before."""
+        return self._lanes.wait(timeout_s)
+
+    def close(self, timeout_s: float = 0) -> None:
+        """Begin nothing more, wait for what is under way, and give the lease back."""
+        self._lanes.close()
+        self._lanes.wait(timeout_s)
         self._records.release()
 
-    def _adopt(self) -> None:
-        """Take in jobs that were started without a door: their folder is claimed, and no record knows it."""
-        now = self._clock()
-        if self._looked_at is not None and now - self._looked_at < ADOPTION_S:
-            return
-        folders = self._storage.children("jobs")
-        for job_id in set(folders) - self._records.store.known_ids() - self._strangers:
-            self._guarded(job_id, partial(self._adopt_one, job_id))
-        self._looked_at = now
+    def _hand_job(self, job_id: str) -> None:
+        self._hand("jobs", job_id, partial(self._look_after, job_id))
 
-    def _adopt_one(self, job_id: str) -> None:
-        if not self._storage.exists(layout.claim(job_id, 1)):
-            return
-        job = parse_job(self._storage.get(layout.job_json(job_id)))
-        if job.id != job_id:
-            self._strangers.add(job_id)
-            raise SpecError(f"jobs/{job_id}/job.json is of job {job.id}")
-        # Who wrote the file is not known: it goes on the operator's account, whatever it says.
-        record = self._records.adopt(job.model_copy(update={"account": self._settings.account}))
-        if record is None:
-            self._strangers.add(job_id)
-            raise ConflictError("the version it makes is another job's")
-        logger.info("%s: adopted, it was started without a door", job_id)
+    def _hand_queue(self) -> None:
+        self._hand("queue", "queue", self._start_next)
 
-    def _write_down(self, record: Record) -> None:
+    def _hand(self, lane: str, subject: str, step: Callable[[], object]) -> None:
+        self._lanes.hand(lane, subject, partial(self._guarded, subject, step))
+
+    def _look_after(self, job_id: str) -> None:
+        """Take a job as far as it goes now, whatever its state."""
+        try:
+            record = self._records.store.get(job_id)
+        except NotFoundError:
+            return
+        if record.status.state == "pending":
+            record = self._write_down(record)
+        if record.status.state == "queued":
+            record = self._take_claimed(record)
+        if record.status.state in ON_CLUSTER:
+            self._supervisor.step(record)
+
+    def _write_down(self, record: Record) -> Record:
         """`pending` → `queued`: job.json is in storage."""
         text = record.job.model_dump_json(indent=2)
         self._storage.put_if_absent(layout.job_json(record.id), text.encode())
-        self._records.change(record, Change(state="queued"))
+        return self._records.change(record, Change(state="queued"))
+
+    def _take_claimed(self, record: Record) -> Record:
+        """A next attempt that runs already, started without a door, needs no turn; any other waits for its turn."""
+        attempt = record.status.attempt + 1
+        if (record.id, attempt) in self._unclaimed:
+            return record
+        claim = attempts.read_claim(self._storage, record.id, attempt)
+        if claim is None:
+            self._unclaimed.add((record.id, attempt))
+            return record
+        change = Change(state="preparing", attempt=attempt)
+        return self._records.change(record, change, submission_id=claim.submission_id, at=claim.time)
+
+    def _has_arrived(self, job: Unfinished) -> bool:
+        """Whether a job that is not on the cluster may have its turn."""
+        return job.state == "queued" and (job.id, job.attempt + 1) in self._unclaimed
 
     def _start_next(self) -> None:
         """`queued` → `preparing`, as turns and resources allow; the supervisor then submits."""
-        for record in self._records_in("queued"):
-            if (record.id, record.status.attempt + 1) not in self._unclaimed:
-                self._guarded(record.id, partial(self._take_claimed, record))
-        queued = [record for record in self._records_in("queued") if not self._rests(record)]
+        queued = [record for record in self._records_in("queued") if self._may_start(record)]
         if not queued:
             return
         turns = take_turns(queued, self._records_in(*ON_CLUSTER), self._launcher.capacity())
@@ -124,25 +148,17 @@ class Reconciler:
             if record.status.message != why:
                 self._guarded(record.id, partial(self._records.change, record, Change(message=why)))
 
-    def _rests(self, record: Record) -> bool:
-        """Whether the pause after a lost attempt is not over yet."""
+    def _may_start(self, record: Record) -> bool:
+        """Whether a queued job waits for its turn alone: nobody has begun its attempt, and no pause follows a loss."""
         attempt = record.status.attempt
-        if attempt == 0:
+        if (record.id, attempt + 1) not in self._unclaimed:
             return False
+        if attempt == 0:
+            return True
         key = (record.id, attempt)
         if key not in self._lost_at:
             self._lost_at[key] = became(self._records.store, record, "queued")
-        return self._clock() < self._lost_at[key] + attempts.retry_pause_s(attempt)
-
-    def _take_claimed(self, record: Record) -> None:
-        """A next attempt that runs already, started without a door, needs no turn."""
-        attempt = record.status.attempt + 1
-        claim = attempts.read_claim(self._storage, record.id, attempt)
-        if claim is None:
-            self._unclaimed.add((record.id, attempt))
-            return
-        change = Change(state="preparing", attempt=attempt)
-        self._records.change(record, change, submission_id=claim.submission_id, at=claim.time)
+        return self._clock() >= self._lost_at[key] + attempts.retry_pause_s(attempt)
 
     def _prepare(self, record: Record) -> None:
         attempt = record.status.attempt + 1
@@ -150,12 +166,34 @@ class Reconciler:
         self._records.change(record, change, submission_id=submission_id(record.id, attempt))
         self._unclaimed.discard((record.id, attempt))
         self._lost_at.pop((record.id, record.status.attempt), None)
+        self._hand_job(record.id)
+
+    def _adopt(self) -> None:
+        for job_id in self._adoption.look():
+            self._hand("jobs", job_id, partial(self._adopt_one, job_id))
+
+    def _adopt_one(self, job_id: str) -> None:
+        if self._adoption.adopt(job_id):
+            self._look_after(job_id)
 
     def _purge(self, job_id: str) -> None:
         """Remove a deleted job's folder; what it published stays."""
         self._storage.delete_folder(layout.job(job_id))
-        if next(iter(self._storage.entries(layout.job(job_id))), None) is None:
-            self._records.store.mark_purged(job_id)
+        left = next(iter(self._storage.entries(layout.job(job_id))), None)
+        if left is not None:
+            raise StorageError(f"{left.key} is still there after the deletion")
+        self._records.mark_purged(job_id)
+
+    def _keep(self, subjects: Collection[str]) -> None:
+        """Forget what is remembered of all jobs but these."""
+        subjects = {*subjects, "queue", "adoption"}
+        self._supervisor.keep(subjects)
+        for subject in set(self._complaints) - subjects:
+            self._complaints.pop(subject, None)
+        for key in list(self._lost_at):
+            if key[0] not in subjects:
+                self._lost_at.pop(key, None)
+        self._unclaimed -= {key for key in list(self._unclaimed) if key[0] not in subjects}
 
     def _records_in(self, *states: str) -> Iterator[Record]:
         """All jobs in these states, oldest first, as they are now."""
@@ -168,11 +206,11 @@ class Reconciler:
 
     def _guarded(self, subject: str, step: Callable[[], object]) -> None:
         """Run a step; whatever goes wrong in it is logged and tried again next round, and stops no other job."""
-        self._records.renew()
         try:
+            self._records.held()
             step()
-        except LeaseLostError:
-            raise
+        except LeaseLostError as error:
+            logger.warning("%s: left to the one who has the lease: %s", subject, error)
         except ConflictError as error:
             # Its state was changed meanwhile, by a user's stop for example.
             self._complain(subject, error, logging.INFO)

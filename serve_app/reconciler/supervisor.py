@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from pydantic import ValidationError
 
@@ -47,7 +47,10 @@ logger = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """One `step` a round for every job on the cluster. All it remembers can be lost and is found again."""
+    """One `step` a round for every job on the cluster. All it remembers can be lost and is found again.
+
+    Several threads may call `step`, each for another job.
+    """
 
     def __init__(
         self,
@@ -205,6 +208,16 @@ class Supervisor:
             change = Change(state="failed", reason="worker_lost", message=f"{what}; it was the last of {retries + 1}")
         self._records.change(record, change, data={"lost_attempt": attempt})
         logger.warning("%s: %s", record.id, change.message)
+
+    def keep(self, job_ids: Collection[str]) -> None:
+        """Forget all jobs but these."""
+        self._lines.keep(job_ids)
+        for notes in (self._claims, self._ended_since):
+            for key in list(notes):
+                if key[0] not in job_ids:
+                    notes.pop(key, None)
+        for job_id in set(self._stopping_since) - set(job_ids):
+            self._stopping_since.pop(job_id, None)
 
     def _forget(self, record: Record) -> None:
         self._lines.forget(*_key(record))

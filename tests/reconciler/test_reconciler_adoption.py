@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.reconciler.reconciler import ADOPTION_S
+from serve_app.reconciler.adoption import PAUSE_S as ADOPTION_S
 from serve_app.reconciler.supervisor import ENDED_S
 from tests.support.stage import FakeDriver, Stage, line
 from tunesmith.clock import utc_text

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from serve_app.reconciler.launcher import ALIVE
 from serve_app.reconciler.supervisor import ENDED_S
-from tests.support.stage import NOW, FakeDriver, Stage, line
+from tests.support.stage import NOW, FakeDriver, Stage, line, play_round
 from tunesmith.jobs.states import FINAL, replay
 from tunesmith.records.store import Record
 from tunesmith.storage import layout
@@ -47,11 +48,13 @@ class Life:
     def __init__(self, kill_at: int | None) -> None:
         self.writes = 0
         self.kill_at = kill_at
+        self._lock = threading.Lock()
 
     def __call__(self) -> None:
-        self.writes += 1
-        if self.writes == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self._lock:
+            self.writes += 1
+            if self.writes == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def in_a_process(play: Callable[[], None]) -> int:
@@ -131,7 +134,7 @@ def run_rounds(home: Path, life: Life, start: float) -> None:
         launcher=Mortal(stage.launcher, life),
     )
     for _ in range(ROUNDS):
-        reconciler.round()
+        play_round(reconciler)
         stage.clock.seconds += ENDED_S
         records = stage.store.page(limit=100)
         for record in records:

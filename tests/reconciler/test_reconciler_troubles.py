@@ -1,10 +1,14 @@
 """One broken job, an outage or a lost lease: nothing fails for it, and nothing is done twice."""
 
+import threading
 from pathlib import Path
 
 import pytest
 
-from tests.support.stage import Stage
+from serve_app.reconciler.lanes import Lanes
+from serve_app.reconciler.supervisor import Supervisor
+from tests.support.stage import Stage, play_round
+from tests.support.waiting import until
 from tunesmith.errors import StorageError
 from tunesmith.storage import layout
 from tunesmith.storage.folder import FolderStorage
@@ -83,12 +87,12 @@ def test_of_two_reconcilers_one_acts(stage: Stage) -> None:
     stage.rounds()
     second = stage.new_reconciler("second")
     record = stage.order()
-    second.round()
+    play_round(second)
     assert stage.status(record)[0] == "pending"
     stage.clock.seconds += stage.settings.lease_s + 1
-    second.round()
+    play_round(second)
     assert stage.status(record)[0] == "preparing"
-    stage.reconciler.round()
+    play_round(stage.reconciler)
     stage.store.request_stop(record.id)
     stage.rounds()
     assert not stage.storage.exists(layout.stop(record.id))
@@ -98,7 +102,7 @@ def test_a_lease_that_was_given_back_is_free_at_once(stage: Stage) -> None:
     stage.rounds()
     stage.reconciler.close()
     record = stage.order()
-    stage.new_reconciler("second").round()
+    play_round(stage.new_reconciler("second"))
     assert stage.status(record)[0] == "preparing"
 
 
@@ -110,24 +114,88 @@ def test_a_reconciler_that_slept_through_its_lease_changes_nothing_more(stage: S
             stored = super().put_if_absent(key, data)
             if key.endswith("job.json") and stage.clock.seconds < slept_until:
                 stage.clock.seconds = slept_until
-                second.round()
+                play_round(second)
             return stored
 
     slept_until = stage.clock.seconds + 100
     stage.reconciler = stage.new_reconciler("first", storage=Sleepy(stage.storage.root))
     records = [stage.order() for _ in range(2)]
-    stage.reconciler.round()
+    play_round(stage.reconciler)
     assert [stage.states(record) for record in records] == [["pending", "queued", "preparing"]] * 2
     assert len(stage.launcher.jobs()) == 2
 
 
-def test_a_long_round_keeps_its_lease(stage: Stage) -> None:
-    class Slow(FolderStorage):
-        def put_if_absent(self, key: str, data: bytes) -> bool:
-            stage.clock.seconds += 4
-            return super().put_if_absent(key, data)
+class HangingStorage(FolderStorage):
+    """Does not answer for the keys that hold `word`, until it is released."""
 
-    stage.reconciler = stage.new_reconciler("first", storage=Slow(stage.storage.root))
-    records = [stage.order() for _ in range(8)]
+    def __init__(self, root: Path, word: str) -> None:
+        super().__init__(root)
+        self.word = word
+        self.asked, self.released = threading.Event(), threading.Event()
+
+    def _path(self, key: str) -> Path:
+        if self.word in key:
+            self.asked.set()
+            assert self.released.wait(60)
+        return super()._path(key)
+
+
+def test_a_storage_that_hangs_costs_no_lease(stage: Stage) -> None:
+    record = stage.order()
+    storage = HangingStorage(stage.storage.root, record.id)
+    stage.reconciler, second = stage.new_reconciler("first", storage=storage), stage.new_reconciler("second")
+    for _ in range(10):
+        stage.reconciler.round()
+        play_round(second)
+        stage.clock.seconds += stage.settings.lease_s / 2
+    assert storage.asked.wait(60)
+    assert stage.status(record)[0] == "pending"
     stage.reconciler.round()
-    assert {stage.status(record)[0] for record in records} == {"queued", "preparing"}
+    storage.released.set()
+    assert stage.reconciler.settle(60)
+    assert stage.states(record) == ["pending", "queued", "preparing"]
+
+
+def test_a_job_whose_storage_hangs_delays_no_other(stage: Stage) -> None:
+    hanging, driver = stage.running()
+    storage = HangingStorage(stage.storage.root, hanging.id)
+    stage.reconciler.close()
+    stage.reconciler = stage.new_reconciler("second", storage=storage)
+    stage.reconciler.round()
+    assert storage.asked.wait(60)
+    other = stage.order()
+    until(lambda: stage.reconciler.round() or stage.status(other)[0] == "preparing", limit_s=60)
+    assert not storage.released.is_set()
+    driver.finish("stopped")
+    storage.released.set()
+    assert stage.reconciler.settle(60)
+    assert stage.status(hanging)[0] == "stopped"
+
+
+def test_nothing_is_remembered_of_jobs_that_left(stage: Stage) -> None:
+    record, driver = stage.running()
+    stage.launcher.tell(driver.submission_id, "FAILED")
+    waiting = stage.order(flavor="gpu-1")
+    stage.rounds()
+    stage.store.request_stop(record.id)
+    stage.rounds()
+    stage.store.request_stop(waiting.id)
+    assert remembered(stage) != []
+    other = stage.new_reconciler("other")
+    stage.clock.seconds += stage.settings.lease_s
+    play_round(other)
+    for _ in range(4):
+        stage.clock.seconds += 2
+        play_round(other)
+    assert stage.status(record)[0] == "stopped"
+    play_round(stage.reconciler)
+    assert remembered(stage) == []
+
+
+def remembered(stage: Stage) -> list[object]:
+    """Every entry of every collection that the reconciler and its parts hold."""
+    parts = [stage.reconciler, *vars(stage.reconciler).values()]
+    ours = [part for part in parts if type(part).__module__.startswith("serve_app.reconciler")]
+    ours += [part._lines for part in ours if isinstance(part, Supervisor)]
+    held = [value for part in ours if not isinstance(part, Lanes) for value in vars(part).values()]
+    return [entry for value in held if isinstance(value, dict | set | frozenset) for entry in value]

@@ -195,7 +195,9 @@ def test_only_a_final_job_is_deleted_and_its_key_and_version_stay_taken(store: R
         store.get(job_id)
     assert store.page() == []
     assert store.deleted_unpurged() == [job_id]
-    store.mark_purged(job_id)
+    lease = store.acquire_lease("reconciler", "a", duration_s=10)
+    assert lease is not None
+    store.mark_purged(job_id, lease=lease)
     assert store.deleted_unpurged() == []
     assert store.known_ids() == {job_id}
     assert store.insert(make_job(), respond=answer, idempotency_key="k", body_hash="a").replayed

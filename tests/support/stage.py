@@ -163,6 +163,12 @@ def line(**options: Any) -> EventLine:
     return EventLine(time=utc_text(NOW + 5), **options)
 
 
+def play_round(reconciler: Reconciler) -> None:
+    """A round, and all that its threads make of it."""
+    reconciler.round()
+    assert reconciler.settle(60)
+
+
 class Stage:
     """One platform whose reconcilers, clock and Ray a test has in its hands."""
 
@@ -197,7 +203,7 @@ class Stage:
 
     def rounds(self, count: int = 1, *, seconds: float = 0.5) -> None:
         for _ in range(count):
-            self.reconciler.round()
+            play_round(self.reconciler)
             self.clock.seconds += seconds
 
     def started(self, **changes: Any) -> tuple[Record, FakeDriver]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import sqlalchemy as sa
 from tunesmith.clock import utc_text
 from tunesmith.errors import ConflictError, LeaseLostError, NotFoundError, SpecError
 from tunesmith.jobs.spec import RegisterJob, TrainJob, parse_job
-from tunesmith.jobs.states import FINAL, Change, Status, apply
+from tunesmith.jobs.states import FINAL, MOVES, Change, Status, apply
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 
@@ -63,7 +64,8 @@ class Record:
     name: str
     account: str
     status: Status
-    job: TrainJob | RegisterJob
+    text: str
+    """The job, as JSON."""
     submission_id: str | None
     """Ray's id of the newest attempt."""
     created_at: str
@@ -74,6 +76,20 @@ class Record:
     deleted_at: str | None
     version: int
     """Counts the record's changes; a conditional update compares it."""
+
+    @cached_property
+    def job(self) -> TrainJob | RegisterJob:
+        """What it runs with: job.json. Read when it is first asked for."""
+        return parse_job(self.text)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What tells who must look after a job: less than its record, for there may be thousands."""
+
+    id: str
+    state: str
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -225,6 +241,16 @@ class RecordStore:
                 query = query.where(place < border if newest_first else place > border)
             return [_record(row) for row in connection.execute(query)]
 
+    def unfinished(self) -> list[Unfinished]:
+        """All jobs that are not final, oldest first."""
+        query = (
+            sa.select(_JOBS.c.id, _JOBS.c.state, _JOBS.c.attempt)
+            .where(_JOBS.c.state.in_(set(MOVES) - FINAL))
+            .order_by(_JOBS.c.created_at, _JOBS.c.id)
+        )
+        with self._engine.connect() as connection:
+            return [Unfinished(*row) for row in connection.execute(query)]
+
     def change(
         self,
         job_id: str,
@@ -288,8 +314,10 @@ class RecordStore:
         with self._engine.connect() as connection:
             return list(connection.scalars(query))
 
-    def mark_purged(self, job_id: str) -> None:
+    def mark_purged(self, job_id: str, *, lease: Lease) -> None:
+        """The folder of a deleted job is gone from storage."""
         with self._transaction() as connection:
+            self._check_lease(connection, lease)
             connection.execute(_JOBS.update().where(_JOBS.c.id == job_id).values(purged_at=self._now()))
 
     def known_ids(self) -> set[str]:
@@ -480,7 +508,7 @@ def _record(row: Any) -> Record:
         name=row.name,
         account=row.account,
         status=Status(**{name: getattr(row, name) for name in _STATUS}),
-        job=parse_job(row.job),
+        text=row.job,
         submission_id=row.submission_id,
         created_at=row.created_at,
         updated_at=row.updated_at,

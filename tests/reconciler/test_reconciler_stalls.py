@@ -1,0 +1,99 @@
+"""A storage that stalls, between the reconciler and a real S3 server: it holds up the one job whose keys it hangs on."""
+
+import http.client
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from serve_app.reconciler.reconciler import Reconciler
+from tests.support.s3_fixture import BUCKET, S3Server
+from tests.support.stage import Stage
+from tests.support.stalling_proxy import StallingProxy, stalling_proxy
+from tests.support.waiting import until
+from tunesmith.settings import Settings
+from tunesmith.storage import layout
+from tunesmith.storage.urls import open_promptly
+
+pytestmark = [pytest.mark.s3, pytest.mark.slow]
+
+OBJECTS = 20_000
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server) -> Iterator[StallingProxy]:
+    with stalling_proxy(s3_server.endpoint) as proxy:
+        yield proxy
+
+
+def fill(filer: int, folder: str) -> None:
+    """Objects in a folder of the bucket, put there past S3: it is the faster way."""
+
+    def put(first: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", filer)
+        for number in range(first, OBJECTS, 8):
+            connection.request("PUT", f"/buckets/{BUCKET}/{folder}/{number:08d}", body=b"{}")
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status < 300
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, range(8)))
+
+
+@contextmanager
+def rounds(reconciler: Reconciler) -> Iterator[None]:
+    """Rounds as the platform makes them, in a thread of their own."""
+    ending = threading.Event()
+
+    def run() -> None:
+        while not ending.wait(0.1):
+            reconciler.round()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+
+
+def test_a_job_starts_while_anothers_storage_hangs_and_a_third_is_deleted(
+    tmp_path: Path, s3_server: S3Server, proxy: StallingProxy
+) -> None:
+    stage = Stage(tmp_path)
+    env = {"TUNESMITH_S3_ENDPOINT": proxy.url, "TUNESMITH_S3_REGION": "us-east-1", "TUNESMITH_HOME": str(tmp_path)}
+    stage.storage = open_promptly(s3_server.url("stalls"), Settings.from_env(env))
+    stage.reconciler = stage.new_reconciler("first", storage=stage.storage)
+    stage.launcher.resources = {"CPU": 8.0}
+    hanging, _ = stage.running()
+    deleted, driver = stage.running()
+    driver.finish("stopped")
+    stage.rounds()
+    fill(s3_server.filer_port, f"stalls/{layout.metrics(deleted.id, 1)}")
+    proxy.lines.clear()
+
+    def stalls(line: str) -> bool:
+        # The deletion is held after its first thousand, so that it surely lasts.
+        is_late = line.startswith("POST") and sum(each.startswith("POST") for each in proxy.lines) > 1
+        return hanging.id in line or is_late
+
+    proxy.hold(stalls)
+    stage.store.delete(deleted.id)
+    with rounds(stage.reconciler):
+        until(lambda: proxy.held == 2)
+        third = stage.order()
+        until(lambda: f"{third.id}-a1" in stage.launcher.jobs())
+        assert proxy.held == 2
+        assert stage.store.deleted_unpurged() == [deleted.id]
+        proxy.hold(lambda line: False)
+        until(lambda: stage.store.deleted_unpurged() == [])
+        assert stage.reconciler.settle(60)
+    assert list(stage.storage.entries(layout.job(deleted.id))) == []
+    posts = [line for line in proxy.lines if line.startswith("POST")]
+    assert OBJECTS // 1000 <= len(posts) < OBJECTS // 1000 + 5
+    assert not [line for line in proxy.lines if line.startswith("DELETE")]
