@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from tunesmith.api.views import AssetView, EventView, JobView
 from tunesmith.assets.catalog import Manifest
 from tunesmith.records.store import Event, Record
 
 
 def job_view(record: Record) -> JobView:
-    made = record.job.output
     status = record.status
     return JobView(
         id=record.id,
@@ -21,12 +22,12 @@ def job_view(record: Record) -> JobView:
         message=status.message,
         attempt=status.attempt,
         submission_id=record.submission_id,
-        output_kind=made.kind,
-        output=f"{made.name}@{made.version}",
+        output_kind=record.output.kind,
+        output=f"{record.output.name}@{record.output.version}",
         created_at=record.created_at,
         started_at=record.started_at,
         ended_at=record.ended_at,
-        job=record.job.model_dump(mode="json"),
+        job=json.loads(record.text),
     )
 
 

@@ -177,7 +177,7 @@ class Supervisor:
 
     def _is_published(self, record: Record) -> bool:
         try:
-            manifest = Manifest.model_validate_json(self._storage.get(layout.asset_manifest(*record.job.output)))
+            manifest = Manifest.model_validate_json(self._storage.get(layout.asset_manifest(*record.output)))
         except NotFoundError:
             return False
         return manifest.job == record.id

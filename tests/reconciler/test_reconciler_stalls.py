@@ -1,4 +1,4 @@
-"""A storage that stalls, between the reconciler and a real S3 server: it holds up the one job whose keys it hangs on."""
+"""A real S3 server that stalls holds up the one job whose keys it hangs on, and no other."""
 
 import http.client
 import threading
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.s3_server import BUCKET
 from serve_app.reconciler.reconciler import Reconciler
-from tests.support.s3_fixture import BUCKET, S3Server
-from tests.support.stage import Stage
+from tests.support.s3_fixture import S3Server
+from tests.support.stage import Stage, publish_inputs
 from tests.support.stalling_proxy import StallingProxy, stalling_proxy
 from tests.support.waiting import until
 from tunesmith.settings import Settings
@@ -68,6 +69,7 @@ def test_a_job_starts_while_anothers_storage_hangs_and_a_third_is_deleted(
     stage = Stage(tmp_path)
     env = {"TUNESMITH_S3_ENDPOINT": proxy.url, "TUNESMITH_S3_REGION": "us-east-1", "TUNESMITH_HOME": str(tmp_path)}
     stage.storage = open_promptly(s3_server.url("stalls"), Settings.from_env(env))
+    publish_inputs(stage.storage)
     stage.reconciler = stage.new_reconciler("first", storage=stage.storage)
     stage.launcher.resources = {"CPU": 8.0}
     hanging, _ = stage.running()
@@ -77,23 +79,27 @@ def test_a_job_starts_while_anothers_storage_hangs_and_a_third_is_deleted(
     fill(s3_server.filer_port, f"stalls/{layout.metrics(deleted.id, 1)}")
     proxy.lines.clear()
 
+    def is_deletion(line: str) -> bool:
+        return line.startswith("POST")
+
     def stalls(line: str) -> bool:
         # The deletion is held after its first thousand, so that it surely lasts.
-        is_late = line.startswith("POST") and sum(each.startswith("POST") for each in proxy.lines) > 1
-        return hanging.id in line or is_late
+        return hanging.id in line or (is_deletion(line) and sum(map(is_deletion, proxy.lines)) > 1)
+
+    def both_stall() -> bool:
+        return any(hanging.id in line for line in proxy.held) and any(map(is_deletion, proxy.held))
 
     proxy.hold(stalls)
     stage.store.delete(deleted.id)
     with rounds(stage.reconciler):
-        until(lambda: proxy.held == 2)
+        until(both_stall)
         third = stage.order()
         until(lambda: f"{third.id}-a1" in stage.launcher.jobs())
-        assert proxy.held == 2
+        assert both_stall()
         assert stage.store.deleted_unpurged() == [deleted.id]
         proxy.hold(lambda line: False)
         until(lambda: stage.store.deleted_unpurged() == [])
-        assert stage.reconciler.settle(60)
+    assert stage.reconciler.settle(60)
     assert list(stage.storage.entries(layout.job(deleted.id))) == []
-    posts = [line for line in proxy.lines if line.startswith("POST")]
-    assert OBJECTS // 1000 <= len(posts) < OBJECTS // 1000 + 5
+    assert OBJECTS // 1000 <= sum(map(is_deletion, proxy.lines)) < OBJECTS // 1000 + 5
     assert not [line for line in proxy.lines if line.startswith("DELETE")]

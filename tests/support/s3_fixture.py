@@ -13,6 +13,8 @@ class S3Server:
     """Where the server listens, and the environment in which boto3 finds its keys."""
 
     endpoint: str
+    filer_port: int
+    """Of the server's own HTTP interface, which takes small objects faster and asks for no keys."""
     env: dict[str, str]
 
     def url(self, prefix: str) -> str:
@@ -25,4 +27,4 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with s3_keys() as env:
         folder, ports = tmp_path_factory.mktemp("s3"), free_ports(8)
         with s3_process(folder, ports):
-            yield S3Server(endpoint(ports), env)
+            yield S3Server(endpoint(ports), ports[3], env)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,20 +81,21 @@ class FakeLauncher:
 
     def submit(self, job_id: str, attempt: int, job_url: str) -> None:
         self._answer()
-        try:
-            with self._path(submission_id(job_id, attempt)).open("x") as file:
-                json.dump({"status": "RUNNING", "job_url": job_url}, file)
-        except FileExistsError:
-            return
+        name = submission_id(job_id, attempt)
+        partial = self.folder.with_name(name)
+        partial.write_text(json.dumps({"status": "RUNNING", "job_url": job_url}))
+        with suppress(FileExistsError):
+            self._path(name).hardlink_to(partial)
+        partial.unlink()
 
     def status(self, submission_id: str) -> RayJob | None:
         self._answer()
-        job = self.jobs().get(submission_id)
+        job = self._job(submission_id)
         return None if job is None else RayJob(job["status"], job.get("message"))
 
     def stop(self, submission_id: str) -> None:
         self._answer()
-        job = self.jobs().get(submission_id)
+        job = self._job(submission_id)
         if job is not None and job["status"] in ALIVE:
             self.tell(submission_id, "STOPPED")
 
@@ -106,13 +108,20 @@ class FakeLauncher:
         return {path.name: json.loads(path.read_text()) for path in sorted(self.folder.iterdir())}
 
     def tell(self, submission_id: str, status: str, message: str | None = None) -> None:
-        job = {**self.jobs().get(submission_id, {}), "status": status, "message": message}
+        job = {**(self._job(submission_id) or {}), "status": status, "message": message}
         partial = self.folder.with_name(submission_id)
         partial.write_text(json.dumps(job))
         partial.replace(self._path(submission_id))
 
     def forget(self, submission_id: str) -> None:
         self._path(submission_id).unlink()
+
+    def _job(self, submission_id: str) -> dict[str, Any] | None:
+        try:
+            job: dict[str, Any] = json.loads(self._path(submission_id).read_text())
+        except FileNotFoundError:
+            return None
+        return job
 
     def _path(self, submission_id: str) -> Path:
         return self.folder / submission_id

@@ -24,17 +24,13 @@ class StallingProxy(ThreadingHTTPServer):
         self.refuses: Callable[[str], bool] = lambda line: False
         """Whether a request is answered with 501."""
         self._holds: Callable[[str], bool] = lambda line: False
-        self._held = 0
+        self.held: list[str] = []
+        """The lines of the requests that hang now; a client that gave up one has it here still."""
         self._changed = threading.Condition()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
-
-    @property
-    def held(self) -> int:
-        """How many requests hang now."""
-        return self._held
 
     def hold(self, which: Callable[[str], bool]) -> None:
         """From now on, let the requests hang for whose line `which` is true, and only these."""
@@ -46,9 +42,9 @@ class StallingProxy(ThreadingHTTPServer):
         """Return when the request may go on."""
         with self._changed:
             self.lines.append(line)
-            self._held += 1
+            self.held.append(line)
             self._changed.wait_for(lambda: not self._holds(line))
-            self._held -= 1
+            self.held.remove(line)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from tunesmith.clock import utc_text
 from tunesmith.errors import ConflictError, LeaseLostError, NotFoundError, SpecError
-from tunesmith.jobs.spec import RegisterJob, TrainJob, parse_job
+from tunesmith.jobs.spec import Output, RegisterJob, TrainJob, parse_job
 from tunesmith.jobs.states import FINAL, MOVES, Change, Status, apply
 
 MIGRATIONS = Path(__file__).with_name("migrations")
@@ -64,8 +64,9 @@ class Record:
     name: str
     account: str
     status: Status
+    output: Output
     text: str
-    """The job, as JSON."""
+    """What it runs with, job.json: nothing is parsed before somebody asks for it."""
     submission_id: str | None
     """Ray's id of the newest attempt."""
     created_at: str
@@ -79,7 +80,7 @@ class Record:
 
     @cached_property
     def job(self) -> TrainJob | RegisterJob:
-        """What it runs with: job.json. Read when it is first asked for."""
+        """What it runs with."""
         return parse_job(self.text)
 
 
@@ -396,7 +397,8 @@ class RecordStore:
             name=job.name,
             account=job.account,
             status=Status(),
-            job=job,
+            output=job.output,
+            text=job.model_dump_json(),
             submission_id=None,
             created_at=job.created_at,
             updated_at=job.created_at,
@@ -412,10 +414,10 @@ class RecordStore:
                 name=record.name,
                 account=record.account,
                 **{name: getattr(record.status, name) for name in _STATUS},
-                job=job.model_dump_json(),
-                output_kind=job.output.kind,
-                output_name=job.output.name,
-                output_version=job.output.version,
+                job=record.text,
+                output_kind=record.output.kind,
+                output_name=record.output.name,
+                output_version=record.output.version,
                 created_at=record.created_at,
                 updated_at=record.updated_at,
                 version=record.version,
@@ -508,6 +510,7 @@ def _record(row: Any) -> Record:
         name=row.name,
         account=row.account,
         status=Status(**{name: getattr(row, name) for name in _STATUS}),
+        output=Output(row.output_kind, row.output_name, row.output_version),
         text=row.job,
         submission_id=row.submission_id,
         created_at=row.created_at,
