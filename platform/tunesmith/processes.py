@@ -2,15 +2,30 @@
 
 A child that called `setsid` and whose parent died is in no tree any more. So everything is started with a mark in its
 environment, which every descendant inherits.
+
+A process that must not outlive the one that started it gets a lifeline: a pipe as its stdin, whose other end that one
+holds. The system closes the pipe however its holder ends, so there is no moment at which the end goes unnoticed, as
+there is before a program has asked for PR_SET_PDEATHSIG.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Literal
 
 import psutil
+
+PLATFORM_MARK = "TUNESMITH_PLATFORM"
+"""Variable that every process of a platform carries, with the platform's mark."""
+
+_WATCHED = (
+    'target=$1; shift; [ "$target" = group ] && target=-$$; exec 3<&0 </dev/null; '
+    '( ( read -r _ <&3; kill -s KILL -- "$target" ) >/dev/null 2>&1 & ); exec 3<&-; exec "$@"'
+)
+"""Runs a command beside a watcher that kills once stdin ends. The watcher is no child of the command's."""
 
 
 def find(pid: int, created: float) -> psutil.Process | None:
@@ -69,3 +84,24 @@ def end(root: psutil.Process | None, variable: str, mark: str, *, limit_s: float
         with suppress(psutil.Error):
             root.wait(timeout=0)  # where it is this process's own child, it is a zombie until then
     return [process for process in seen.values() if not is_alive(process)]
+
+
+@contextmanager
+def lifeline() -> Iterator[int]:
+    """A descriptor for the stdin of a child that is started by `with_lifeline`; it ends with the context."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def with_lifeline(command: Sequence[str], *, kills: Literal["group", "namespace"] = "group") -> list[str]:
+    """`command`, killed as soon as its stdin ends; the command itself has an empty stdin.
+
+    `group`: its process group is killed; start it in a session of its own. `namespace`: everything in its process
+    namespace, which must be one of its own.
+    """
+    target = "group" if kills == "group" else "-1"
+    return ["/bin/sh", "-c", _WATCHED, "sh", target, *command]

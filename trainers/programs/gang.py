@@ -9,7 +9,9 @@ from typing import Any
 
 from trainers.attempt.context import Attempt
 from trainers.attempt.report_writer import ReportWriter, report_writer
-from trainers.programs.program_worker import ProgramTask, Said, free_port, keep_output, publish_output, run_program
+from trainers.programs.program_output import drop_output, keep_output, publish_output
+from trainers.programs.program_task import ProgramTask
+from trainers.programs.program_worker import Said, free_port, run_program
 from tunesmith.assets import catalog, image_references
 from tunesmith.assets.catalog import Manifest
 from tunesmith.clock import utc_text
@@ -154,6 +156,8 @@ class _Gang:
             language_model=language_model,
         )
         catalog.publish(attempt.storage, manifest)
+        # Only now: an attempt that is lost before the manifest leaves the output to the next one.
+        self._on_bundle(0, drop_output)(self._workers[0])
         message = f"{job.output_model}: {len(files)} files"
         return Result(outcome="completed", message=message, time=utc_text(), summary=result.summary)
 

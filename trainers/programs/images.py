@@ -32,6 +32,7 @@ from trainers.programs.networks import OwnNetwork
 from trainers.programs.program import Launch, Program
 from trainers.programs.program_log import ProgramLog
 from trainers.programs.sandbox import Room
+from tunesmith import processes
 from tunesmith.assets.image_references import RESOURCE, parse_image
 from tunesmith.errors import SpecError
 from tunesmith.settings import Settings
@@ -218,10 +219,11 @@ def _try_out(podman: Podman, settings: Settings) -> str | None:
         run = _run(podman, folder, room, Path("/"), options, target=["--rootfs", str(root), "/usr/bin/true"])
         launched = _launch(run, podman, folder, readable=system)
         try:
-            done = subprocess.run(
-                launched.command, env=launched.environment, cwd=launched.cwd, stdin=subprocess.DEVNULL,
-                capture_output=True, text=True, errors="replace", check=False, timeout=60,
-            )  # fmt: skip
+            with processes.lifeline() as stdin:
+                done = subprocess.run(
+                    launched.command, env=launched.environment, cwd=launched.cwd, stdin=stdin,
+                    capture_output=True, text=True, errors="replace", check=False, timeout=60,
+                )  # fmt: skip
         except subprocess.TimeoutExpired:
             return "it did not answer within 60 s"
         finally:
@@ -294,7 +296,15 @@ def _launch(
     """podman, or what calls it, in a room around it; `folder`: its own, `images`: a store that it reads as well."""
     (folder / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
     configuration = _configure(podman, folder, images)
-    options = ["--die-with-parent", "--cap-add", "ALL", "--unshare-pid", "--unshare-ipc"]
+    options = [
+        "--die-with-parent",
+        "--unsetenv",
+        processes.PLATFORM_MARK,
+        "--cap-add",
+        "ALL",
+        "--unshare-pid",
+        "--unshare-ipc",
+    ]
     options += [] if podman.cgroups else ["--unshare-user", "--uid", "0", "--gid", "0"]
     options += ["--ro-bind", "/", "/", "--dev-bind", "/dev", "/dev"]
     # Without control groups the runtime is not to find any.
@@ -307,7 +317,8 @@ def _launch(
     for path in (*writable, folder):
         options += ["--bind", str(path), str(path)]
     # bubblewrap's own /proc has parts that are covered, and under such a one the kernel lets nobody mount another.
-    inside = ["/bin/sh", "-c", 'mount -t proc proc /proc && exec "$@"', "sh", *command]
+    inside = ["/bin/sh", "-c", 'mount -t proc proc /proc && exec "$@"', "sh"]
+    inside += processes.with_lifeline(command, kills="namespace")
     environment = {"PATH": _PATH, "HOME": str(folder / "tmp"), "TMPDIR": str(folder / "tmp"), "LANG": "C.UTF-8"}
     if not podman.cgroups:
         # podman takes itself for rootless, and asks for no more users than there are.

@@ -79,8 +79,9 @@ def _namespaces(holder: psutil.Process | None) -> list[BufferedReader] | None:
 def _new_holder() -> Iterator[psutil.Process]:
     """A process in a new network."""
     options = ["--unshare-user", "--unshare-net", "--die-with-parent", "--ro-bind", "/", "/"]
-    command = [find_bubblewrap(), *options, "--", "/bin/sh", "-c", "echo $$; exec sleep infinity"]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+    # It ends with its stdin, so it cannot outlive this process.
+    command = [find_bubblewrap(), *options, "--", "/bin/sh", "-c", "echo $$; exec cat"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             # Said from inside, once the network is there.

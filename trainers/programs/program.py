@@ -1,13 +1,17 @@
-"""A user's program as a child process: started in its room, sampled, and ended with all that it began."""
+"""A user's program as a child process: started in its room, sampled, and ended with all that it began.
+
+It dies with the process that started it, whatever the moment: its launch holds a lifeline (`tunesmith.processes`).
+"""
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, cast
@@ -36,6 +40,8 @@ class Launch:
     """The control group that it is in, which goes with it."""
     is_contained: bool = True
     """Whether all that it begins ends with its first process."""
+    mark: str = field(default_factory=lambda: secrets.token_hex(16))
+    """By which its processes are found, also when the process that started it is gone."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,24 @@ class Program:
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self._mark = secrets.token_hex(16)
-        self._process = subprocess.Popen(
-            launch.command,
-            cwd=launch.cwd,
-            env={**launch.environment, MARK: self._mark},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        # bubblewrap keeps the platform's mark from the program; its own processes have it.
+        platform = {name: os.environ[name] for name in (processes.PLATFORM_MARK,) if name in os.environ}
+        stdin, self._lifeline = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                launch.command,
+                cwd=launch.cwd,
+                env={**launch.environment, **platform, MARK: launch.mark},
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self._lifeline)
+            raise
+        finally:
+            os.close(stdin)
         self._cpu: dict[int, psutil.Process] = {}
 
     @property
@@ -119,8 +133,11 @@ class Program:
         if root is not None and self.launch.is_contained:
             # The room ends with bubblewrap, all in it at once, however fast it makes new processes.
             self._process.kill()
-        processes.end(root, MARK, self._mark)
+        processes.end(root, MARK, self.launch.mark)
         self._process.wait()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
         if self.launch.group is not None:
             cgroups.remove(self.launch.group)
 
@@ -131,3 +148,20 @@ class Program:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+
+
+def program_mark(job_id: str, attempt: int, rank: int) -> str:
+    """The mark of the program of one worker."""
+    return f"{job_id}-a{attempt}-{rank}"
+
+
+def end_earlier(job_id: str, attempt: int) -> int:
+    """Kill what runs on this node of earlier attempts of a job; how many processes that were."""
+    marks = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            mark = process.environ().get(MARK, "")
+            owner, _, number = mark.rpartition("-")[0].rpartition("-a")
+            if owner == job_id and number.isdecimal() and int(number) < attempt:
+                marks.add(mark)
+    return sum(len(processes.end(None, MARK, mark)) for mark in marks)

@@ -5,48 +5,41 @@ The program is `gallery_train/train.py` with the platform's Python, or what the 
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from trainers.attempt.fetch import Fetched, fetch
-from trainers.attempt.publication import write_user_parameters
+from trainers.attempt.fetch import fetch
 from trainers.attempt.report import Report
-from trainers.programs import images, outputs, sandbox
-from trainers.programs.environments import Environment, own_environment
+from trainers.programs import images, outputs
 from trainers.programs.images import Image
 from trainers.programs.metrics_file import MAX_BYTES, MAX_QUOTED, MetricsFile
-from trainers.programs.networks import OwnNetwork, own_network
-from trainers.programs.program import Launch, Program
-from trainers.programs.program_log import ProgramLog
-from trainers.programs.sandbox import Network, Room
-from trainers.programs.usage import Limits, Usage
-from tunesmith.assets.catalog import File
-from tunesmith.assets.gallery import FOLDER, REQUIREMENTS, TRAIN
-from tunesmith.clock import utc_text
-from tunesmith.errors import (
-    LeaseLostError,
-    NotFoundError,
-    OutOfMemoryError,
-    SpecError,
-    StorageError,
-    TunesmithError,
-    UnavailableError,
+from trainers.programs.program import Launch, Program, end_earlier
+from trainers.programs.program_launch import (
+    CONTAINER,
+    Inputs,
+    find_place,
+    launch_program,
+    metrics_path,
+    network_of,
+    program_name,
 )
+from trainers.programs.program_log import ProgramLog
+from trainers.programs.program_output import output_kept, restore_output
+from trainers.programs.program_task import ProgramTask
+from trainers.programs.usage import Limits, Usage
+from tunesmith.assets.gallery import TRAIN
+from tunesmith.clock import utc_text
+from tunesmith.errors import LeaseLostError, OutOfMemoryError, SpecError, StorageError, TunesmithError, UnavailableError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Result
 from tunesmith.jobs.flavors import get_flavor
-from tunesmith.jobs.spec import TrainJob
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
-from tunesmith.storage.base import Storage
 from tunesmith.storage.patience import PatientStorage
 from tunesmith.storage.segments import SegmentWriter
 from tunesmith.storage.urls import open_patiently
@@ -56,39 +49,7 @@ LOOK_S = 0.5
 """Between two looks at the program, its metrics and its limits."""
 STOP_LOOK_S = 1.0
 """Between two looks at the stop object in storage."""
-COPY_S = 30.0
-"""Between two looks for new files in the output, which are then kept in storage."""
-CONTAINER = "container"
-"""Folder of a worker's container, in that of its run."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ProgramTask:
-    """What one worker is to do."""
-
-    job: TrainJob
-    attempt: int
-    storage_url: str
-    deadline: float | None
-    """Seconds since the epoch at which the job is stopped."""
-    rank: int
-    local_rank: int
-    master_addr: str
-    """Where the first worker's node is reached."""
-    master_port: int
-    alone_on_node: bool
-    """All workers of the job are on one node."""
-
-    @property
-    def gang(self) -> str:
-        """A name that all workers of the attempt share."""
-        return f"{self.job.id}-a{self.attempt}"
-
-    @property
-    def folder_name(self) -> str:
-        return f"{self.gang}-{self.rank}"
 
 
 @dataclass(frozen=True)
@@ -122,13 +83,13 @@ def run_program(worker: ProgramTask) -> Iterator[Said]:
         raise
     except TunesmithError as error:
         if error.code == "too_much_output":
-            outputs.remove(_folder(settings, worker) / "output")
+            outputs.remove(worker.folder(settings) / "output")
             storage.delete_folder(layout.program_output(worker.job.id, worker.attempt))
         yield Said(result=attempts.failure(error))
     finally:
-        # ProgramTask 0's is stored first.
+        # The output of worker 0 is stored first.
         if worker.rank != 0:
-            outputs.remove(_folder(settings, worker))
+            outputs.remove(worker.folder(settings))
 
 
 def free_port() -> int:
@@ -140,80 +101,11 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def publish_output(worker: ProgramTask) -> tuple[list[File], list[str], bool]:
-    """Store the output as the new model's files; the files, what was left out, and whether they are a language model.
-
-    What the base model has for its training goes with it as it is.
-    """
-    settings = Settings.from_env()
-    storage = open_patiently(worker.storage_url, settings)
-    if storage.exists(layout.result(worker.job.id, worker.attempt)):
-        raise LeaseLostError(f"attempt {worker.attempt} was given up for lost; it publishes nothing")
-    from trainers.registration.language_models import look_for_language_model
-
-    base = fetch(storage, "model", worker.job.model, settings)
-    own = _folder(settings, worker) / "own"
-    _write_own(worker, base, own, storage)
-    kept = set(outputs.walk(own).files)
-    prefix = layout.asset_files(*worker.job.output)
-    folder = _folder(settings, worker) / "output"
-
-    def is_kept(path: str) -> bool:
-        return path in kept or path.startswith(f"{FOLDER}/")
-
-    files, left_out = outputs.store(storage, folder, prefix, leave_out=is_kept)
-    files += outputs.store(storage, own, prefix)[0]
-    language_model = not left_out and look_for_language_model(folder)[1]
-    storage.delete_folder(layout.program_output(worker.job.id, worker.attempt))
-    _clean(settings, worker)
-    return sorted(files, key=lambda file: file.path), left_out, language_model
-
-
-def keep_output(worker: ProgramTask) -> list[str]:
-    """Store what a run that made no model has left as the attempt's own; the paths."""
-    settings = Settings.from_env()
-    storage = open_patiently(worker.storage_url, settings)
-    folder = _folder(settings, worker)
-    files, _ = outputs.store(
-        storage, folder / "output", layout.program_output(worker.job.id, worker.attempt)
-    ) if (folder / "output").is_dir() else ([], [])  # fmt: skip
-    _clean(settings, worker)
-    return [file.path for file in files]
-
-
-def _folder(settings: Settings, worker: ProgramTask) -> Path:
-    return settings.home / "runs" / worker.folder_name
-
-
-def _network_file(settings: Settings, worker: ProgramTask) -> Path:
-    return settings.home / "runs" / f"{worker.gang}.network"
-
-
-def _clean(settings: Settings, worker: ProgramTask) -> None:
-    """After the last worker: what the run has left on this node."""
-    outputs.remove(_folder(settings, worker))
-    _network_file(settings, worker).unlink(missing_ok=True)
-
-
-def _write_own(worker: ProgramTask, base: Fetched, own: Path, storage: Storage) -> None:
-    """The files of the new model that are not the program's."""
-    job, gallery = worker.job, base.manifest.gallery
-    shutil.copytree(base.folder / FOLDER, own / FOLDER)
-    for name in ("README.md", *(gallery.needed_files if gallery is not None else ())):
-        if (base.folder / name).is_file():
-            (own / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base.folder / name, own / name)
-    write_user_parameters(own, job, worker.storage_url)
-    for key in (layout.requirements_lock(job.id, worker.attempt), layout.image_lock(job.id, worker.attempt)):
-        with suppress(NotFoundError):
-            (own / "training_logs" / key.rpartition("/")[2]).write_bytes(storage.get(key))
-
-
 class _Run:
     def __init__(self, worker: ProgramTask, storage: PatientStorage, settings: Settings) -> None:
         self._worker, self._storage, self._settings = worker, storage, settings
         self._job = worker.job
-        self._folder = _folder(settings, worker)
+        self._folder = worker.folder(settings)
         self._stop_reason: str | None = None
         self._step = 0
         self._program_name = TRAIN
@@ -221,6 +113,7 @@ class _Run:
     def steps(self) -> Iterator[Said]:
         yield self._phase("fetch")
         # A driver or worker that was lost may have left some.
+        end_earlier(self._job.id, self._worker.attempt)
         for left in self._folder.parent.glob(f"{self._job.id}-a*-{self._worker.rank}"):
             images.remove_cgroups(left / CONTAINER)
             outputs.remove(left)
@@ -228,35 +121,27 @@ class _Run:
             (self._folder / name).mkdir(mode=0o700, parents=True)
         base = fetch(self._storage, "model", self._job.model, self._settings)
         dataset = fetch(self._storage, "dataset", self._job.dataset, self._settings)
-        restored = self._restore_output() if self._worker.rank == 0 else 0
+        restored = restore_output(self._worker, self._storage, self._folder / "output") if self._worker.rank == 0 else 0
         if restored:
             message = f"the output has {restored} files that an earlier attempt left"
             yield Said(events=[(message, {"restored_files": restored})])
         key = layout.logs(self._job.id, self._worker.attempt, str(self._worker.rank))
         with self._log(key) as log, self._stop_watched():
             yield self._phase("environment")
-            place = self._environment(base, log)
+            self._program_name = program_name(base)
+            place = find_place(self._worker, base, settings=self._settings, log=log, watch=self._wait)
             if place.lock is not None and self._worker.rank == 0:
                 of_job = layout.image_lock if isinstance(place, Image) else layout.requirements_lock
                 self._storage.put(of_job(self._job.id, self._worker.attempt), place.lock.encode())
             yield self._phase("train")
-            with self._network() as network:
-                result = yield from self._train(base, dataset, place, log, network, restored=restored > 0)
+            with network_of(self._worker, self._settings) as network:
+                inputs = Inputs(base, dataset, restored=restored > 0)
+                result = yield from self._train(
+                    launch_program(self._worker, place, inputs, network, self._settings), log
+                )
         if self._worker.rank != 0:
             yield self._dropped_output()
         yield Said(result=result)
-
-    def _environment(self, base: Fetched, log: ProgramLog) -> Environment | Image:
-        """Where the program runs: the platform's Python with what the model needs besides, or the model's image."""
-        gallery, requirements = base.manifest.gallery, base.folder / FOLDER / REQUIREMENTS
-        if gallery is None or gallery.image_url is None:
-            account = self._job.account
-            return own_environment(requirements, account=account, settings=self._settings, log=log, watch=self._wait)
-        self._program_name = gallery.command_path or TRAIN
-        if requirements.is_file():
-            log.write(b"requirements.txt is not installed: the image holds what the program needs")
-        url = gallery.image_url
-        return images.fetch_image(url, model=base.folder, settings=self._settings, log=log, watch=self._wait)
 
     def _dropped_output(self) -> Said:
         """Of another worker than 0 nothing is kept."""
@@ -264,33 +149,14 @@ class _Run:
         message = f"worker {self._worker.rank} left {count} files; only worker 0's output is kept"
         return Said(events=[(message, {"dropped_files": count})] if count else [])
 
-    def _train(
-        self,
-        base: Fetched,
-        dataset: Fetched,
-        place: Environment | Image,
-        log: ProgramLog,
-        network: Network,
-        *,
-        restored: bool,
-    ) -> Generator[Said, None, Result]:
+    def _train(self, launch: Launch, log: ProgramLog) -> Generator[Said, None, Result]:
         """Says how it goes; at its end the result."""
-        own = [place.folder] if isinstance(place, Environment) and place.folder is not None else []
-        room = Room(
-            readable=[base.folder, dataset.folder, *own],
-            writable=[self._folder / "output", self._folder / "metrics"],
-            temporary=self._folder / "tmp",
-            network=network,
-            resources=self._job.resources,
-            largest_file_bytes=self._settings.program_disk_gib << 30,
-        )
-        metrics_path = self._folder / "metrics" / "metrics.log"
-        variables = self._variables(base.folder, dataset.folder, metrics_path, network, restored=restored)
-        program = Program(self._launch(place, base.folder, room, variables))
-        metrics, stopped = MetricsFile(metrics_path), None
+        program = Program(launch)
+        metrics, stopped = MetricsFile(metrics_path(self._worker, self._settings)), None
         usage = Usage(program, self._limits(self._program_name, files=outputs.MAX_FILES))
         # At any trouble the program ends before the copies do.
-        with self._output_kept(), log.following(program), usage.watched():
+        output = output_kept(self._worker, self._storage.impatient, self._folder / "output", self._settings)
+        with output, log.following(program), usage.watched():
             while program.exit_code() is None:
                 yield self._look(usage, metrics, log)
                 stopped = self._stop_wish()
@@ -306,23 +172,6 @@ class _Run:
         if code == 0:
             usage.check_disk()
         return self._result(code, stopped, log)
-
-    def _launch(self, place: Environment | Image, model: Path, room: Room, variables: dict[str, str]) -> Launch:
-        cwd = model / FOLDER
-        if isinstance(place, Environment):
-            return sandbox.launch(
-                [str(place.python), TRAIN], cwd=cwd, room=room, variables=variables, settings=self._settings
-            )
-        return images.launch(
-            images.program_command(str(model / self._program_name)),
-            cwd=cwd,
-            room=room,
-            variables=variables,
-            image=place,
-            folder=self._folder / CONTAINER,
-            memory_bytes=get_flavor(self._job.flavor).memory_gib << 30,
-            settings=self._settings,
-        )
 
     def _stop(self, program: Program, usage: Usage, reason: str) -> Iterator[Said]:
         """SIGTERM, a wait while it takes no more than it may, and then the end of it."""
@@ -442,68 +291,6 @@ class _Run:
             yield ProgramLog(segments)
         finally:
             self._storage.patiently(segments.close)
-
-    def _restore_output(self) -> int:
-        """Bring back what the newest earlier attempt has written; the number of files."""
-        for number in range(self._worker.attempt - 1, 0, -1):
-            key = layout.program_output(self._job.id, number)
-            if any(True for _ in self._storage.entries(key)):
-                self._storage.download_folder(key, self._folder / "output")
-                return len(outputs.walk(self._folder / "output").files)
-        return 0
-
-    @contextmanager
-    def _output_kept(self) -> Iterator[None]:
-        """Keep a copy of rank 0's output in storage, beside the training."""
-        if self._worker.rank != 0:
-            yield
-            return
-        key = layout.program_output(self._job.id, self._worker.attempt)
-        copy, done = outputs.Copy(self._storage.impatient, self._folder / "output", key), threading.Event()
-
-        def keep() -> None:
-            while not done.wait(min(COPY_S, 6 * self._settings.segment_s)):
-                _logged(lambda: copy.update(done.is_set), self._job.id, "the output is kept later")
-
-        thread = threading.Thread(target=keep, name="output", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    @contextmanager
-    def _network(self) -> Iterator[Network]:
-        """What the program may reach: nothing; its peers alone; or, with peers on other nodes, what the node does."""
-        if self._job.cards == 1:
-            yield "none"
-        elif not self._worker.alone_on_node or self._settings.isolation == "none":
-            yield "node"
-        else:
-            with own_network(_network_file(self._settings, self._worker)) as network:
-                yield network
-
-    def _variables(
-        self, model: Path, dataset: Path, metrics: Path, network: Network, *, restored: bool
-    ) -> dict[str, str]:
-        given = {
-            "ENV_AG_MODEL_DIR": str(model),
-            "ENV_AG_DATASET_DIR": str(dataset),
-            "ENV_AG_USER_PARAMS": json.dumps(self._job.hyperparameters),
-            "ENV_AG_TRAIN_OUTPUT_DIR": str(self._folder / "output"),
-            "ENV_AG_USER_METRICS_LOG_PATH": str(metrics),
-            "ENV_AG_OUTPUT_RESTORED": "1" if restored else "0",
-        }
-        if self._job.cards == 1:
-            return given
-        return given | {
-            "RANK": str(self._worker.rank),
-            "WORLD_SIZE": str(self._job.cards),
-            "LOCAL_RANK": str(self._worker.local_rank),
-            "MASTER_ADDR": "127.0.0.1" if isinstance(network, OwnNetwork) else self._worker.master_addr,
-            "MASTER_PORT": str(self._worker.master_port),
-        }
 
     def _phase(self, phase: str) -> Said:
         """A phase begins; rank 0 says so for all."""

@@ -16,6 +16,7 @@ from trainers.programs import cgroups
 from trainers.programs.bubblewrap import NAMESPACES, find_bubblewrap
 from trainers.programs.networks import LOOPBACK, OwnNetwork
 from trainers.programs.program import Launch
+from tunesmith import processes
 from tunesmith.settings import Settings
 
 _SYSTEM = (
@@ -98,8 +99,17 @@ def command_line(
     script = 'ulimit -c 0; ulimit -f "$1"; echo $$ > "$2" || exit; shift 2; exec "$@"'
     limited = ["/bin/sh", "-c", script, "sh", blocks, procs]
     if settings.isolation == "none":
-        return [*limited, *command]
-    options = [*NAMESPACES, "--die-with-parent", "--proc", "/proc", "--dev", "/dev"]
+        return [*limited, *processes.with_lifeline(command)]
+    options = [
+        *NAMESPACES,
+        "--die-with-parent",
+        "--unsetenv",
+        processes.PLATFORM_MARK,
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+    ]
     options += ["--size", str(_SHARED_MEMORY_BYTES), "--tmpfs", "/dev/shm", "--bind", str(room.temporary), "/tmp"]
     options += ["--unshare-net"] if room.network == "none" else []
     for path in (*_SYSTEM, *(_NETWORK if room.network != "none" else ())):
@@ -114,7 +124,8 @@ def command_line(
             options += ["--dev-bind-try", str(device), str(device)]
     options += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", str(cwd), "--"]
     entrance = room.network.entrance() if isinstance(room.network, OwnNetwork) else []
-    return [*limited, *entrance, find_bubblewrap(), *options, *_few_processes(settings), *command]
+    inside = processes.with_lifeline([*_few_processes(settings), *command], kills="namespace")
+    return [*limited, *entrance, find_bubblewrap(), *options, *inside]
 
 
 def environment(room: Room, python: Path, given: Mapping[str, str], settings: Settings) -> dict[str, str]:

@@ -1,32 +1,49 @@
-"""Whether a model's files are a causal language model that loads."""
+"""Whether a model's files are a causal language model that loads: a program that says so.
+
+`python -m trainers.registration.language_models FOLDER` writes a Verdict as JSON. It loads torch and the weights, so
+others ask it through `trainers.registration.model_check`.
+"""
 
 from __future__ import annotations
 
-import logging
+import os
+import sys
+import traceback
 from pathlib import Path
-from typing import Any
 
+from trainers.registration.model_check import LanguageModel, Refusal, Verdict
 from tunesmith.assets.model_folder import LANGUAGE_MODEL_FILES
 from tunesmith.errors import ModelError
 
-logger = logging.getLogger(__name__)
+
+def main(folder: Path) -> None:
+    """Write what the model in `folder` is, or why it is none, to stdout."""
+    # Libraries write to stdout as well; only the verdict goes to the real one.
+    answer = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with os.fdopen(answer, "w") as out:
+        out.write(_judge(folder).model_dump_json())
 
 
-def look_for_language_model(folder: Path) -> tuple[dict[str, Any], bool]:
-    """What the files in `folder` are, and whether a causal language model at all."""
-    has_weights = any(folder.glob("*.safetensors"))
-    if not has_weights or not all((folder / name).is_file() for name in LANGUAGE_MODEL_FILES):
-        return {}, False
+def _judge(folder: Path) -> Verdict:
     try:
-        return check_language_model(folder), True
+        _convert_gguf(folder)
+        _check_files(folder)
+        return Verdict(model=_load(folder))
     except ModelError as error:
-        logger.info("the model is no causal language model: %s", error.message)
-        return {}, False
+        return Verdict(refusal=Refusal(**error.as_dict()))
+    except Exception as error:  # noqa: BLE001 - the process's border: what a library says of broken files is the verdict
+        traceback.print_exc()
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "it must load with transformers' AutoModelForCausalLM, from safetensors, without code of its own"
+        return Verdict(
+            refusal=Refusal(
+                message=f"the model does not load: {first}", fields=["source"], hint=hint, code=ModelError.code
+            )
+        )
 
 
-def check_language_model(folder: Path) -> dict[str, Any]:
-    """Load the model as a job will, and run it once; what it is. ModelError says why it does not."""
-    _convert_gguf(folder)
+def _check_files(folder: Path) -> None:
     for name in LANGUAGE_MODEL_FILES:
         if not (folder / name).exists():
             there = ", ".join(sorted(p.name for p in folder.iterdir()))
@@ -36,22 +53,9 @@ def check_language_model(folder: Path) -> dict[str, Any]:
                 hint="a causal language model has config.json, tokenizer.json and *.safetensors, or is one GGUF file; "
                 "a model with training of its own has another task type",
             )
-    try:
-        return _load(folder)
-    except ModelError:
-        raise
-    except Exception as error:
-        # Whatever a library says of broken files is the verdict.
-        logger.exception("the model does not load")
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"the model does not load: {first}",
-            fields=["source"],
-            hint="it must load with transformers' AutoModelForCausalLM, from safetensors, without code of its own",
-        ) from error
 
 
-def _load(folder: Path) -> dict[str, Any]:
+def _load(folder: Path) -> LanguageModel:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,13 +76,13 @@ def _load(folder: Path) -> dict[str, Any]:
         logits = model(input_ids=torch.tensor([[1, 2, 3, 4]]) % vocabulary).logits
     if not torch.isfinite(logits).all():
         raise ModelError("the model's logits are not numbers", fields=["source"])
-    return {
-        "architecture": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "max_seq_length": getattr(model.config, "max_position_embeddings", None),
-        "chat_template": tokenizer.chat_template is not None,
-    }
+    return LanguageModel(
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_seq_length=getattr(model.config, "max_position_embeddings", None),
+        chat_template=tokenizer.chat_template is not None,
+    )
 
 
 def _convert_gguf(folder: Path) -> None:
@@ -92,3 +96,7 @@ def _convert_gguf(folder: Path) -> None:
 
     convert(files[0], folder)
     files[0].unlink()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.attempt.context import Attempt
-from trainers.registration.language_models import check_language_model, look_for_language_model
+from trainers.registration.model_check import check_language_model, look_for_language_model
 from trainers.registration.sources import copy_source
 from tunesmith.assets import catalog
 from tunesmith.assets.catalog import Manifest, Table, describe_files

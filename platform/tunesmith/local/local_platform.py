@@ -30,9 +30,6 @@ from tunesmith.frozen import Tolerant
 from tunesmith.local import ports
 from tunesmith.settings import Settings
 
-MARK = "TUNESMITH_PLATFORM"
-"""Variable that every process of a platform carries, with the platform's mark."""
-
 
 class Platform(Tolerant):
     """`platform.json`: a local platform that was started."""
@@ -113,7 +110,7 @@ def running(settings: Settings) -> Platform | None:
 
 def processes_of(platform: Platform) -> list[psutil.Process]:
     """All of the platform's living processes."""
-    return processes.members(processes.find(platform.pid, platform.created), MARK, platform.mark)
+    return processes.members(processes.find(platform.pid, platform.created), processes.PLATFORM_MARK, platform.mark)
 
 
 def door_answers(settings: Settings) -> bool:
@@ -259,7 +256,7 @@ def _environment(settings: Settings, mark: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
     return environment | settings.to_env() | ray_environment(settings) | {
         "PATH": path,
-        MARK: mark,
+        processes.PLATFORM_MARK: mark,
     }  # fmt: skip
 
 
@@ -308,7 +305,7 @@ def _end_leftovers(settings: Settings) -> None:
 
 def _end(settings: Settings, platform: Platform) -> int:
     root = processes.find(platform.pid, platform.created)
-    ended = processes.end(root, MARK, platform.mark)
+    ended = processes.end(root, processes.PLATFORM_MARK, platform.mark)
     left = processes_of(platform)
     if left:
         raise UnavailableError(f"processes that could not be ended: {', '.join(str(process.pid) for process in left)}")

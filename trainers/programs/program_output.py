@@ -1,0 +1,126 @@
+"""What a program leaves: its output, kept while it runs and stored at its end as the new model or with the job."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from trainers.attempt.fetch import Fetched, fetch
+from trainers.attempt.publication import write_user_parameters
+from trainers.programs import outputs
+from trainers.programs.program_task import ProgramTask
+from trainers.registration.model_check import look_for_language_model
+from tunesmith.assets.catalog import File
+from tunesmith.assets.gallery import FOLDER
+from tunesmith.errors import LeaseLostError, NotFoundError, TunesmithError
+from tunesmith.settings import Settings
+from tunesmith.storage import layout
+from tunesmith.storage.base import Storage
+from tunesmith.storage.urls import open_patiently
+
+COPY_S = 30.0
+"""Between two looks for new files in the output, which are then kept in storage."""
+
+logger = logging.getLogger(__name__)
+
+
+def publish_output(worker: ProgramTask) -> tuple[list[File], list[str], bool]:
+    """Store the output as the new model's files; the files, what was left out, and whether they are a language model.
+
+    What the base model has for its training goes with it as it is.
+    """
+    settings = Settings.from_env()
+    storage = open_patiently(worker.storage_url, settings)
+    if storage.exists(layout.result(worker.job.id, worker.attempt)):
+        raise LeaseLostError(f"attempt {worker.attempt} was given up for lost; it publishes nothing")
+    base = fetch(storage, "model", worker.job.model, settings)
+    own = worker.folder(settings) / "own"
+    _write_own(worker, base, own, storage)
+    kept = set(outputs.walk(own).files)
+    prefix = layout.asset_files(*worker.job.output)
+    folder = worker.folder(settings) / "output"
+
+    def is_kept(path: str) -> bool:
+        return path in kept or path.startswith(f"{FOLDER}/")
+
+    files, left_out = outputs.store(storage, folder, prefix, leave_out=is_kept)
+    files += outputs.store(storage, own, prefix)[0]
+    language_model = not left_out and look_for_language_model(folder)[1]
+    return sorted(files, key=lambda file: file.path), left_out, language_model
+
+
+def drop_output(worker: ProgramTask) -> None:
+    """Remove what is left of the output once the new model is published."""
+    settings = Settings.from_env()
+    open_patiently(worker.storage_url, settings).delete_folder(layout.program_output(worker.job.id, worker.attempt))
+    _clean(worker, settings)
+
+
+def keep_output(worker: ProgramTask) -> list[str]:
+    """Store what a run that made no model has left as the attempt's own; the paths."""
+    settings = Settings.from_env()
+    folder, files = worker.folder(settings) / "output", list[File]()
+    if folder.is_dir():
+        storage = open_patiently(worker.storage_url, settings)
+        files, _ = outputs.store(storage, folder, layout.program_output(worker.job.id, worker.attempt))
+    _clean(worker, settings)
+    return [file.path for file in files]
+
+
+def restore_output(worker: ProgramTask, storage: Storage, folder: Path) -> int:
+    """Bring back what the newest earlier attempt has written; the number of files."""
+    for number in range(worker.attempt - 1, 0, -1):
+        key = layout.program_output(worker.job.id, number)
+        if any(True for _ in storage.entries(key)):
+            storage.download_folder(key, folder)
+            return len(outputs.walk(folder).files)
+    return 0
+
+
+@contextmanager
+def output_kept(worker: ProgramTask, storage: Storage, folder: Path, settings: Settings) -> Iterator[None]:
+    """While the context lasts, keep a copy of worker 0's output in storage, beside the training."""
+    if worker.rank != 0:
+        yield
+        return
+    key = layout.program_output(worker.job.id, worker.attempt)
+    copy, done = outputs.Copy(storage, folder, key), threading.Event()
+
+    def keep() -> None:
+        while not done.wait(min(COPY_S, 6 * settings.segment_s)):
+            try:
+                copy.update(done.is_set)
+            except (TunesmithError, OSError) as error:
+                logger.warning("%s: the output is kept later: %s", worker.job.id, error)
+
+    thread = threading.Thread(target=keep, name="output", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _clean(worker: ProgramTask, settings: Settings) -> None:
+    """After the last worker: remove what the run has left on this node."""
+    outputs.remove(worker.folder(settings))
+    worker.network_file(settings).unlink(missing_ok=True)
+
+
+def _write_own(worker: ProgramTask, base: Fetched, own: Path, storage: Storage) -> None:
+    """The files of the new model that are not the program's."""
+    job, gallery = worker.job, base.manifest.gallery
+    shutil.copytree(base.folder / FOLDER, own / FOLDER)
+    for name in ("README.md", *(gallery.needed_files if gallery is not None else ())):
+        if (base.folder / name).is_file():
+            (own / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.folder / name, own / name)
+    write_user_parameters(own, job, worker.storage_url)
+    for key in (layout.requirements_lock(job.id, worker.attempt), layout.image_lock(job.id, worker.attempt)):
+        with suppress(NotFoundError):
+            (own / "training_logs" / key.rpartition("/")[2]).write_bytes(storage.get(key))
