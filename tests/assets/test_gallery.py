@@ -11,8 +11,9 @@ import pytest
 
 from tests.support import galleries
 from tunesmith.assets.cards import read_card
-from tunesmith.assets.gallery import MAX_PROBLEMS, Gallery, Method, advanced, fill_in, read_gallery
+from tunesmith.assets.gallery import MAX_PROBLEMS, Gallery, advanced, fill_in, read_gallery
 from tunesmith.assets.model_folder import read_model_folder
+from tunesmith.assets.train_params import Method
 from tunesmith.errors import DataError, ModelError, SpecError
 
 PARAMS = "gallery_train/train_params.json"

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import ast
 import json
-import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from tunesmith.assets.cards import FILE as CARD
 from tunesmith.assets.cards import Card
 from tunesmith.assets.image_references import parse_image
-from tunesmith.assets.located_json import Located, Place, read_json
+from tunesmith.assets.train_params import TYPES, Method, Parameter, read_methods
 from tunesmith.errors import SpecError, nearest
-from tunesmith.frozen import Frozen, Tolerant
+from tunesmith.frozen import Tolerant
 from tunesmith.hyperparameters import ADVANCED, Hyperparameter, Value, resolve
 
 FOLDER = "gallery_train"
@@ -35,32 +33,6 @@ MAX_PROBLEMS = 20
 
 ADVANCED_NAMES = ("max_retries",)
 """The settings under `advanced` that mean something to training that is not the platform's own."""
-
-_NAME = re.compile(r"[A-Za-z0-9_]{1,64}", re.ASCII)
-_TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
-
-
-class Parameter(Frozen):
-    """One hyperparameter of a method. Keys beyond these are kept, and mean nothing to the platform."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-    type: Literal["int", "float", "str", "bool"]
-    required: bool = False
-    """Whether it cannot be left out."""
-    default: int | float | str | bool | None = None
-    """Filled in where none is given; none: one that is not required stays away."""
-    help: str = ""
-
-
-class Method(Frozen):
-    """One way of training that `train.py` knows."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-    hyperparameters: list[Parameter]
 
 
 class Gallery(Tolerant):
@@ -115,7 +87,7 @@ def read_gallery(folder: Path, card: Card) -> Gallery | None:
         if text is not None:
             texts[name] = text
     problems += _python_problems(texts.get(TRAIN, ""))
-    methods, found = _read_methods(texts[PARAMETERS]) if PARAMETERS in texts else ([], [])
+    methods, found = read_methods(texts[PARAMETERS], f"{FOLDER}/{PARAMETERS}") if PARAMETERS in texts else ([], [])
     problems += found
     more = len(problems) - MAX_PROBLEMS
     if more > 0:
@@ -177,7 +149,7 @@ def advanced(given: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def _as_hyperparameter(parameter: Parameter) -> Hyperparameter:
-    kind, about = _TYPES[parameter.type], parameter.help or parameter.name
+    kind, about = TYPES[parameter.type], parameter.help or parameter.name
     default = None if parameter.default is None else kind(parameter.default)
     return Hyperparameter(parameter.name, kind, default, about, about)
 
@@ -256,96 +228,3 @@ def _python_problems(text: str) -> list[str]:
     except (ValueError, RecursionError, MemoryError) as error:
         return [f"{FOLDER}/{TRAIN}: not Python: {error or 'nested too deeply'}"]
     return []
-
-
-def _read_methods(text: str) -> tuple[list[Method], list[str]]:
-    """The methods in the text of train_params.json, and what is wrong with it."""
-    document = read_json(text)
-    check = _Check(document)
-    if not document.faults or document.value is not None:
-        check.methods(document.value)
-    problems = [f"{FOLDER}/{PARAMETERS}:{line}: {_path(place)}{why}" for place, line, why in sorted(
-        document.faults, key=lambda fault: fault[1])]  # fmt: skip
-    if problems:
-        return [], problems
-    return [Method.model_validate(method) for method in document.value["training_methods"]], []
-
-
-class _Check:
-    """Goes through train_params.json and adds to the document's faults."""
-
-    def __init__(self, document: Located) -> None:
-        self._document = document
-
-    def methods(self, value: Any) -> None:
-        if not isinstance(value, dict) or not isinstance(value.get("training_methods"), list):
-            self._fault(("training_methods",), "must be a list of methods, in an object: "
-                        '{"training_methods": [{"name": …, "hyperparameters": […]}]}')  # fmt: skip
-            return
-        if not value["training_methods"]:
-            self._fault(("training_methods",), "is empty; at least one method is needed")
-        names: set[str] = set()
-        for number, method in enumerate(value["training_methods"]):
-            place = ("training_methods", number)
-            if not isinstance(method, dict):
-                self._fault(place, f"must be an object, got {_short(method)}")
-                continue
-            self._name(method, place, names, "method")
-            self._hyperparameters(method.get("hyperparameters"), (*place, "hyperparameters"))
-
-    def _hyperparameters(self, value: Any, place: Place) -> None:
-        if not isinstance(value, list):
-            self._fault(place, "is missing; it may be []" if value is None else f"must be a list, got {_short(value)}")
-            return
-        names: set[str] = set()
-        for number, parameter in enumerate(value):
-            here = (*place, number)
-            if not isinstance(parameter, dict):
-                self._fault(here, f"must be an object, got {_short(parameter)}")
-                continue
-            self._name(parameter, here, names, "hyperparameter")
-            self._parameter(parameter, here)
-
-    def _parameter(self, parameter: Mapping[str, Any], place: Place) -> None:
-        for key, kind, word in (("required", bool, "true or false"), ("help", str, "text")):
-            if not isinstance(parameter.get(key, kind()), kind):
-                self._fault((*place, key), f"must be {word}, got {_short(parameter[key])}")
-        given, default = parameter.get("type"), parameter.get("default")
-        if not isinstance(given, str) or given not in _TYPES:
-            said = "is missing" if given is None else f"must be {', '.join(_TYPES)}, got {_short(given)}"
-            self._fault((*place, "type"), said)
-        elif default is not None and not _fits(default, given):
-            self._fault((*place, "default"), f"must be of type {given}, got {_short(default)}")
-
-    def _name(self, thing: Mapping[str, Any], place: Place, names: set[str], what: str) -> None:
-        name = thing.get("name")
-        place = (*place, "name")
-        if name is None:
-            self._fault(place, "is missing")
-        elif not isinstance(name, str) or _NAME.fullmatch(name) is None:
-            self._fault(place, f"must be 1 to 64 letters, digits and '_', got {_short(name)}")
-        elif name in names:
-            self._fault(place, f"{name!r} is the name of another {what} already")
-        else:
-            names.add(name)
-
-    def _fault(self, place: Place, why: str) -> None:
-        self._document.faults.append((place, self._document.line(place), why))
-
-
-def _fits(value: Any, kind: str) -> bool:
-    """Whether a default is of its type: a bool is no int, an int is a float too, NaN is no number."""
-    if kind == "float" and type(value) is int:
-        value = float(value) if abs(value) < 1 << 1000 else math.inf
-    return type(value) is _TYPES[kind] and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def _path(place: Place) -> str:
-    """`training_methods[0].name: `."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return f"{text.removeprefix('.')}: " if place else ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"

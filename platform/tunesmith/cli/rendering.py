@@ -12,7 +12,8 @@ from tunesmith.hyperparameters import SECTIONS, Hyperparameter, bounds, for_mode
 
 if TYPE_CHECKING:
     from tunesmith.api.views import AssetView, JobView
-    from tunesmith.assets.gallery import Gallery, Parameter
+    from tunesmith.assets.gallery import Gallery
+    from tunesmith.assets.train_params import Parameter
     from tunesmith.assets.training_types import TrainingTypes
     from tunesmith.jobs.attempts import MetricLine
     from tunesmith.jobs.flavors import Flavor
