@@ -93,10 +93,11 @@ def _names_given_twice(methods: list[Method]) -> Iterator[tuple[Place, str]]:
     for number, method in enumerate(methods):
         lists.append((("training_methods", number, "hyperparameters"), "hyperparameter", method.hyperparameters))
     for place, what, named in lists:
-        names = [each.name for each in named]
-        for number, name in enumerate(names):
-            if name in names[:number]:
-                yield (*place, number, "name"), f"{name!r} is the name of another {what} already"
+        seen: set[str] = set()
+        for number, each in enumerate(named):
+            if each.name in seen:
+                yield (*place, number, "name"), f"{each.name!r} is the name of another {what} already"
+            seen.add(each.name)
 
 
 def _sentence(item: ErrorDetails) -> str:
