@@ -12,7 +12,7 @@ class TunesmithError(Exception):
 
     `code` is for programs and `message` for people: what was given, what is allowed. `fields` are dotted paths into
     the request, `hint` says what to do. `status` is the HTTP status the door answers with and `reason` the word
-    (contracts.md, section 6) a job ends with. It pickles, so it crosses Ray unchanged.
+    (docs/contracts.md, section 6) a job ends with. It pickles, so it crosses Ray unchanged.
     """
 
     code = "platform_error"

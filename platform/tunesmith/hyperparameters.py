@@ -1,4 +1,4 @@
-"""Hyperparameters of the text recipe: one definition checks, defaults and documents (contracts.md, section 3).
+"""Hyperparameters of the text recipe: one definition checks, defaults and documents (docs/contracts.md, section 3).
 
 `python -m tunesmith.hyperparameters` writes docs/hyperparameters.md.
 """

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def write_products(
     model: Any, weights: Mapping[str, torch.Tensor], base_folder: Path, folder: Path, job: TrainJob, root: str
 ) -> None:
-    """Write the new model's files (contracts.md, section 5) to `folder`; `root` is the storage's URL.
+    """Write the new model's files (docs/contracts.md, section 5) to `folder`; `root` is the storage's URL.
 
     `model` is the tuned peft model, whose adapter's `weights` are given by their names in it; merging takes it apart,
     or, where its base is quantized or in pieces, a model of the base in full precision. ModelError where merged and

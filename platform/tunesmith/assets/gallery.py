@@ -1,4 +1,4 @@
-"""`gallery_train/`: what a model brings for its own training, read and checked (contracts.md, section 4).
+"""`gallery_train/`: what a model brings for its own training, read and checked (docs/contracts.md, section 4).
 
 Nothing of it is run or imported here.
 """

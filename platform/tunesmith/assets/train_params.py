@@ -1,4 +1,4 @@
-"""`train_params.json`: a model's own methods of training and their hyperparameters (contracts.md, section 4)."""
+"""`train_params.json`: a model's own methods of training and their hyperparameters (docs/contracts.md, section 4)."""
 
 from __future__ import annotations
 

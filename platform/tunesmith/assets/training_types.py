@@ -1,4 +1,4 @@
-"""Which training types a model may have (contracts.md, section 2)."""
+"""Which training types a model may have (docs/contracts.md, section 2)."""
 
 from __future__ import annotations
 

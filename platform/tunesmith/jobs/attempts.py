@@ -57,7 +57,7 @@ class EventLine(Tolerant):
 
 
 class MetricLine(Tolerant):
-    """One line of an attempt's metrics (contracts.md, section 7)."""
+    """One line of an attempt's metrics (docs/contracts.md, section 7)."""
 
     # JSON has no NaN: a loss that is none is written as the text "NaN", and read as a number again.
     model_config = ConfigDict(ser_json_inf_nan="strings")

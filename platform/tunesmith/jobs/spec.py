@@ -17,7 +17,7 @@ _HYPERPARAMETERS = {**json_schema(GUIDE), "additionalProperties": True}
 
 
 class TrainSpec(Frozen):
-    """An order for a training run (contracts.md, section 9)."""
+    """An order for a training run (docs/contracts.md, section 9)."""
 
     kind: Literal["train"] = "train"
     name: str | None = None

@@ -1,4 +1,4 @@
-"""States of a job, the legal moves between them, and how a job's events give its record (contracts.md, section 6)."""
+"""States of a job, the legal moves between them, and what events add up to (docs/contracts.md, section 6)."""
 
 from __future__ import annotations
 

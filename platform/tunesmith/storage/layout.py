@@ -1,4 +1,4 @@
-"""Where everything lies in storage, as keys under its root (contracts.md, section 8)."""
+"""Where everything lies in storage, as keys under its root (docs/contracts.md, section 8)."""
 
 from __future__ import annotations
 

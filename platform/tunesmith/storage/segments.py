@@ -1,4 +1,4 @@
-"""Records that grow, kept as numbered segments because S3 cannot append (contracts.md, section 8)."""
+"""Records that grow, kept as numbered segments because S3 cannot append (docs/contracts.md, section 8)."""
 
 from __future__ import annotations
 
