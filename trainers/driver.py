@@ -6,15 +6,18 @@ import json
 import logging
 import os
 import socket
+import time
 
 from trainers.attempt.context import Attempt, published
+from trainers.attempt.stop_watch import StopWatch, stopped
 from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, SpecError, StorageError, UnavailableError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, EventWriter, Result
-from tunesmith.jobs.spec import RegisterJob, parse_job
+from tunesmith.jobs.spec import RegisterJob, TrainJob, parse_job
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
+from tunesmith.storage.base import Storage
 from tunesmith.storage.urls import open_patiently
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,8 @@ def drive(job_url: str, number: int, settings: Settings) -> int:
         raise SpecError(
             f"{job_url} is the job.json of {job.id}, not of {job_id}", hint="do not copy it: render a new one"
         )
+    # Whoever could write the file could write any account into it.
+    job = job.model_copy(update={"account": settings.account})
     mine = Claim(submission_id=_submission_id(), host=socket.gethostname(), pid=os.getpid(), time=utc_text())
     if not attempts.claim(storage, job_id, number, mine):
         logging.basicConfig(level=logging.INFO)
@@ -42,8 +47,9 @@ def drive(job_url: str, number: int, settings: Settings) -> int:
     from trainers.attempt.logs import log_to_job
 
     with log_to_job(storage, job_id, number, "driver", settings):
-        with EventWriter(storage, job_id, number, segment_s=settings.segment_s) as events:
-            result = _run(Attempt(job, number, storage, settings, events))
+        stop = StopWatch(storage, job_id, number, deadline=_deadline(storage, job, number))
+        with EventWriter(storage, job_id, number, segment_s=settings.segment_s) as events, stop.watching():
+            result = _run(Attempt(job, number, storage, settings, events, stop))
         result = attempts.finish(storage, job_id, number, result)
         logger.info("%s: attempt %d %s: %s", job_id, number, result.outcome, result.message)
     return 0 if result.outcome in ("completed", "stopped") else 1
@@ -54,6 +60,9 @@ def _run(attempt: Attempt) -> Result:
     try:
         if published(attempt.storage, job) is not None:
             return Result(outcome="completed", message="it was published by an earlier attempt", time=utc_text())
+        attempt.stop.look()
+        if (reason := attempt.stop.reason) is not None:
+            return stopped(reason, _where(attempt))
         if isinstance(job, RegisterJob):
             from trainers.registration.registration import run_registration
 
@@ -73,6 +82,20 @@ def _run(attempt: Attempt) -> Result:
         # The process's border: whatever went wrong is the attempt's result.
         logger.exception("%s: attempt %d failed", job.id, attempt.number)
         return attempts.failure(error)
+
+
+def _deadline(storage: Storage, job: TrainJob | RegisterJob, number: int) -> float | None:
+    """When the time of all attempts together is used up, seconds since the epoch."""
+    if isinstance(job, RegisterJob) or job.max_run_time_s is None:
+        return None
+    return time.time() + job.max_run_time_s - attempts.used_s(storage, job.id, before=number)
+
+
+def _where(attempt: Attempt) -> str:
+    """How far the job got before this attempt."""
+    saved = attempts.checkpoints(attempt.storage, attempt.job.id)
+    where = f" before attempt {attempt.number} began"
+    return where + (f", with the checkpoint of step {saved[-1].step}" if saved else "")
 
 
 def _submission_id() -> str | None:

@@ -6,10 +6,11 @@ import shlex
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tunesmith.errors import UnavailableError
+from tunesmith.jobs.attempts import attempt_name
 from tunesmith.settings import Settings
 
 ALIVE = frozenset({"PENDING", "RUNNING"})
@@ -33,8 +34,11 @@ class RayJob:
 class Launcher(Protocol):
     """Where attempts run. Every call may raise UnavailableError and may then be tried again."""
 
-    def submit(self, job_id: str, attempt: int, job_url: str) -> None:
-        """Start the driver of an attempt; one that was submitted before is left alone."""
+    def submit(self, job_id: str, attempt: int, job_url: str, *, account: str) -> None:
+        """Start the driver of an attempt; one that was submitted before is left alone.
+
+        `account` owns what the job makes.
+        """
 
     def status(self, submission_id: str) -> RayJob | None:
         """None where Ray does not know it (never submitted, or forgotten when its head was lost)."""
@@ -46,11 +50,6 @@ class Launcher(Protocol):
         """All resources of the cluster, in use or not."""
 
 
-def submission_id(job_id: str, attempt: int) -> str:
-    """Ray's id of an attempt. Ray refuses a used one."""
-    return f"{job_id}-a{attempt}"
-
-
 class RayLauncher:
     """The Ray cluster this process is connected to, and its Jobs API at `settings.ray_jobs_url`."""
 
@@ -59,17 +58,18 @@ class RayLauncher:
         self._connection: Any = None
         self._lock = threading.Lock()
 
-    def submit(self, job_id: str, attempt: int, job_url: str) -> None:
+    def submit(self, job_id: str, attempt: int, job_url: str, *, account: str) -> None:
         command = [self._settings.python, "-m", "trainers", job_url, "--attempt", str(attempt)]
         # No working_dir: a folder of the user's would come before site-packages.
         # No database: a driver needs none, its URL may hold a password, and Ray shows the environment to all.
-        own = {name: text for name, text in self._settings.to_env().items() if name != "TUNESMITH_DATABASE_URL"}
+        settings = replace(self._settings, account=account)
+        own = {name: text for name, text in settings.to_env().items() if name != "TUNESMITH_DATABASE_URL"}
         environment = {**own, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
         with self._errors():
             try:
                 self._client().submit_job(
                     entrypoint=shlex.join(command),
-                    submission_id=submission_id(job_id, attempt),
+                    submission_id=attempt_name(job_id, attempt),
                     entrypoint_num_cpus=0,
                     metadata={"job_id": job_id, "attempt": str(attempt)},
                     runtime_env={"env_vars": environment},

@@ -16,7 +16,7 @@ from functools import partial
 
 from serve_app.reconciler.adoption import Adoption
 from serve_app.reconciler.lanes import Countdown, Lanes
-from serve_app.reconciler.launcher import Launcher, submission_id
+from serve_app.reconciler.launcher import Launcher
 from serve_app.reconciler.lease import LeasedRecords
 from serve_app.reconciler.scheduler import take_turns
 from serve_app.reconciler.supervisor import Supervisor, became
@@ -163,7 +163,7 @@ class Reconciler:
     def _prepare(self, record: Record) -> None:
         attempt = record.status.attempt + 1
         change = Change(state="preparing", attempt=attempt)
-        self._records.change(record, change, submission_id=submission_id(record.id, attempt))
+        self._records.change(record, change, submission_id=attempts.attempt_name(record.id, attempt))
         self._unclaimed.discard((record.id, attempt))
         self._lost_at.pop((record.id, record.status.attempt), None)
         self._hand_job(record.id)

@@ -120,7 +120,7 @@ class Supervisor:
         told = self._launcher.status(owner) if owner is not None else None
         if claim is None and told is None and not stopping:
             job_url = layout.join(self._storage.url, layout.job_json(record.id))
-            self._launcher.submit(record.id, record.status.attempt, job_url)
+            self._launcher.submit(record.id, record.status.attempt, job_url, account=record.account)
             return None
         # A driver that Ray does not know as a job cannot be asked after: it counts as alive.
         if owner is None or (told is not None and told.status in ALIVE):

@@ -452,7 +452,7 @@ def test_max_retries_is_how_often_a_run_starts_again(
 
     monkeypatch.setattr(training_run, "_fit", lost)
     with pytest.raises(WorkerLostError):
-        training_run._fit_with_restarts(Attempt(), make_job(place, max_retries=retries), Reports(), None)  # type: ignore[arg-type]
+        training_run._fit_with_restarts(Attempt(), make_job(place, max_retries=retries), Reports())  # type: ignore[arg-type]
     assert starts == 1 + retries
 
 

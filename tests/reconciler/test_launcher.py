@@ -82,7 +82,7 @@ def settings(api: JobsApi, tmp_path: Path) -> Settings:
 
 
 def test_an_attempt_is_a_ray_job_that_takes_no_cpu_and_brings_no_folder(api: JobsApi, settings: Settings) -> None:
-    RayLauncher(settings).submit("job-1", 2, "s3://bucket/jobs/job-1/job.json")
+    RayLauncher(settings).submit("job-1", 2, "s3://bucket/jobs/job-1/job.json", account="team")
     body = api.jobs["job-1-a2"]["body"]
     assert shlex.split(body["entrypoint"]) == [
         "/venv with space/bin/python",
@@ -97,20 +97,24 @@ def test_an_attempt_is_a_ray_job_that_takes_no_cpu_and_brings_no_folder(api: Job
     assert set(body["runtime_env"]) == {"env_vars"}
     own = settings.to_env()
     assert own.pop("TUNESMITH_DATABASE_URL"), "it may hold a password, and Ray shows it to all"
-    assert body["runtime_env"]["env_vars"] == {**own, "RAY_JOB_STOP_WAIT_TIME_S": "30"}
+    assert body["runtime_env"]["env_vars"] == {
+        **own,
+        "TUNESMITH_ACCOUNT": "team",
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
+    }
 
 
 def test_an_attempt_that_was_submitted_before_is_left_alone(api: JobsApi, settings: Settings) -> None:
     launcher = RayLauncher(settings)
-    launcher.submit("job-1", 1, "/first")
-    launcher.submit("job-1", 1, "/second")
+    launcher.submit("job-1", 1, "/first", account="operator")
+    launcher.submit("job-1", 1, "/second", account="operator")
     assert "/first" in api.jobs["job-1-a1"]["entrypoint"]
 
 
 def test_rays_word_is_told_without_the_log_it_quotes(api: JobsApi, settings: Settings) -> None:
     launcher = RayLauncher(settings)
     assert launcher.status("job-1-a1") is None
-    launcher.submit("job-1", 1, "/x")
+    launcher.submit("job-1", 1, "/x", account="operator")
     assert launcher.status("job-1-a1") == RayJob("RUNNING")
     quote = "Job entrypoint command failed with exit code 1, last available logs (truncated to 20,000 chars):\na row"
     api.jobs["job-1-a1"] |= {"status": "FAILED", "message": quote}
@@ -120,7 +124,7 @@ def test_rays_word_is_told_without_the_log_it_quotes(api: JobsApi, settings: Set
 def test_to_stop_what_ended_or_never_was_does_nothing(api: JobsApi, settings: Settings) -> None:
     launcher = RayLauncher(settings)
     launcher.stop("job-1-a1")
-    launcher.submit("job-1", 1, "/x")
+    launcher.submit("job-1", 1, "/x", account="operator")
     launcher.stop("job-1-a1")
     api.jobs["job-1-a1"]["status"] = "SUCCEEDED"
     launcher.stop("job-1-a1")
@@ -129,13 +133,13 @@ def test_to_stop_what_ended_or_never_was_does_nothing(api: JobsApi, settings: Se
 @pytest.mark.parametrize("fault", [400, 401, 500])
 def test_whatever_else_ray_answers_means_not_now(api: JobsApi, settings: Settings, fault: int) -> None:
     launcher = RayLauncher(settings)
-    launcher.submit("job-1", 1, "/x")
+    launcher.submit("job-1", 1, "/x", account="operator")
     api.fault = fault
     for call in (launcher.status, launcher.stop):
         with pytest.raises(UnavailableError):
             call("job-1-a1")
     with pytest.raises(UnavailableError):
-        launcher.submit("job-1", 2, "/x")
+        launcher.submit("job-1", 2, "/x", account="operator")
 
 
 def test_a_ray_that_is_not_there_is_tried_again(tmp_path: Path) -> None:

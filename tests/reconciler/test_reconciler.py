@@ -23,9 +23,21 @@ def test_a_job_goes_from_its_order_to_ray_in_one_round(stage: Stage) -> None:
     now = stage.store.get(record.id)
     assert (now.status.attempt, now.submission_id) == (1, f"{record.id}-a1")
     assert stage.launcher.jobs() == {
-        f"{record.id}-a1": {"status": "RUNNING", "job_url": f"{stage.storage.url}/jobs/{record.id}/job.json"}
+        f"{record.id}-a1": {
+            "status": "RUNNING",
+            "job_url": f"{stage.storage.url}/jobs/{record.id}/job.json",
+            "account": "operator",
+        }
     }
     assert TrainJob.model_validate_json(stage.storage.get(layout.job_json(record.id))) == record.job
+
+
+def test_a_job_belongs_to_the_account_of_its_record_whatever_its_file_says(stage: Stage) -> None:
+    job = stage.draft().model_copy(update={"account": "team"})
+    stage.storage.put(layout.job_json(job.id), job.model_copy(update={"account": "mallory"}).model_dump_json().encode())
+    record = stage.store.insert(job, respond=lambda record: {}).record
+    stage.rounds()
+    assert stage.launcher.jobs()[f"{record.id}-a1"]["account"] == "team"
 
 
 def test_a_drivers_events_are_adopted_in_order_and_its_result_ends_the_job(stage: Stage) -> None:

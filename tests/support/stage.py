@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve_app.reconciler.launcher import ALIVE, RayJob, submission_id
+from serve_app.reconciler.launcher import ALIVE, RayJob
 from serve_app.reconciler.reconciler import Reconciler
 from tunesmith.assets.catalog import File, Manifest, Table, publish
 from tunesmith.clock import utc_text
 from tunesmith.errors import UnavailableError
 from tunesmith.jobs import attempts
-from tunesmith.jobs.attempts import Claim, EventLine, Result
+from tunesmith.jobs.attempts import Claim, EventLine, Result, attempt_name
 from tunesmith.jobs.drafting import draft, new_job_id
 from tunesmith.jobs.spec import RegisterJob, TrainJob, parse_spec
 from tunesmith.records.store import Record, RecordStore
@@ -79,11 +79,11 @@ class FakeLauncher:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def submit(self, job_id: str, attempt: int, job_url: str) -> None:
+    def submit(self, job_id: str, attempt: int, job_url: str, *, account: str) -> None:
         self._answer()
-        name = submission_id(job_id, attempt)
+        name = attempt_name(job_id, attempt)
         partial = self.folder.with_name(name)
-        partial.write_text(json.dumps({"status": "RUNNING", "job_url": job_url}))
+        partial.write_text(json.dumps({"status": "RUNNING", "job_url": job_url, "account": account}))
         with suppress(FileExistsError):
             self._path(name).hardlink_to(partial)
         partial.unlink()
@@ -142,7 +142,7 @@ class FakeDriver:
 
     @property
     def submission_id(self) -> str:
-        return submission_id(self.job.id, self.attempt)
+        return attempt_name(self.job.id, self.attempt)
 
     def claim(self, submitted_as: str | None = "") -> bool:
         name = self.submission_id if submitted_as == "" else submitted_as

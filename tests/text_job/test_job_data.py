@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from tests.support import tiny
 from trainers.attempt.context import Attempt
+from trainers.attempt.stop_watch import StoppedError, StopWatch
 from trainers.text import tokenization
-from trainers.text_job.job_data import StoppedError, prepare
+from trainers.text_job.job_data import prepare
 from trainers.text_job.training_run import run_training
 from tunesmith.assets import tables
 from tunesmith.assets.catalog import Manifest, describe_files, publish
@@ -34,7 +36,9 @@ def settings(tmp_path: Path) -> Settings:
     return Settings.from_env({"TUNESMITH_HOME": str(tmp_path / "home")})
 
 
-def attempt_on(rows: list[Any], settings: Settings, **hyperparameters: Any) -> tuple[Attempt, TrainJob]:
+def attempt_on(
+    rows: list[Any], settings: Settings, *, deadline: float | None = None, **hyperparameters: Any
+) -> tuple[Attempt, TrainJob]:
     """The first attempt of a job over `rows`, with the model and the rows published."""
     storage = FolderStorage(Path(settings.storage_url))
     files = {kind: storage.root / layout.asset_files(kind, "tiny", 1) for kind in ("model", "dataset")}
@@ -62,14 +66,15 @@ def attempt_on(rows: list[Any], settings: Settings, **hyperparameters: Any) -> t
     )
     job = draft(spec, storage=storage, settings=settings, account="operator", job_id="job-1", created_at=utc_text())
     assert isinstance(job, TrainJob)
-    return Attempt(job, 1, storage, settings, EventWriter(storage, job.id, 1)), job
+    stop = StopWatch(storage, job.id, 1, deadline=deadline)
+    return Attempt(job, 1, storage, settings, EventWriter(storage, job.id, 1), stop), job
 
 
 def test_rows_are_tokenised_with_progress_and_audited(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "PROGRESS_S", 0.0)
     attempt, job = attempt_on(ROWS, settings)
     with attempt.events:
-        prepare(attempt, job, deadline=None)
+        prepare(attempt, job)
     events = attempts.read_events(attempt.storage, job.id, 1)
     assert [event.phase for event in events if event.phase] == ["fetch", "tokenize", "audit"]
     assert [event.data for event in events if event.message] == [{"rows_read": 40, "rows_total": 40}]
@@ -79,7 +84,7 @@ def test_rows_are_tokenised_with_progress_and_audited(settings: Settings, monkey
 def test_what_the_audit_refuses_never_gets_a_worker_and_its_report_is_kept(settings: Settings) -> None:
     attempt, job = attempt_on([{"prompt": "p", "response": "r" * 200}] * 3, settings, max_seq_length=16)
     with attempt.events, pytest.raises(DataError, match="the audit refuses the data"):
-        prepare(attempt, job, deadline=None)
+        prepare(attempt, job)
     refusal = read_audit(attempt.storage, job.id).refusal
     assert refusal is not None and refusal.code == "end_of_turn_untrained"
 
@@ -87,12 +92,14 @@ def test_what_the_audit_refuses_never_gets_a_worker_and_its_report_is_kept(setti
 def test_a_job_stops_while_its_rows_are_tokenised(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "PROGRESS_S", 0.0)
     monkeypatch.setattr(tables, "_BLOCK_BYTES", 500)
-    attempt, job = attempt_on(ROWS, settings)
+    attempt, job = attempt_on(ROWS, settings, deadline=time.time() - 1)
     with pytest.raises(StoppedError, match="time_limit"):
-        prepare(attempt, job, deadline=time.time() - 1)
-    attempts.request_stop(attempt.storage, job.id)
-    with pytest.raises(StoppedError, match="stopped_by_user"):
-        prepare(attempt, job, deadline=None)
+        prepare(attempt, job)
+    attempts.request_stop(attempt.storage, job.id, "balance")
+    attempt = replace(attempt, stop=StopWatch(attempt.storage, job.id, 1, deadline=None))
+    attempt.stop.look()
+    with pytest.raises(StoppedError, match="balance"):
+        prepare(attempt, job)
     assert not attempt.storage.exists(layout.audit(job.id, 1))
 
 
@@ -103,6 +110,7 @@ def test_a_run_that_is_stopped_before_its_first_step_says_so(
     monkeypatch.setattr(tables, "_BLOCK_BYTES", 500)
     attempt, job = attempt_on(ROWS, settings)
     attempts.request_stop(attempt.storage, job.id)
+    attempt.stop.look()
     result = run_training(attempt, job)
     assert (result.outcome, result.reason, result.message) == (
         "stopped",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainers.attempt.stop_watch import StopWatch
 from tunesmith.assets.catalog import Manifest
 from tunesmith.errors import ConflictError
-from tunesmith.jobs.attempts import EventWriter
+from tunesmith.jobs.attempts import EventWriter, attempt_name
 from tunesmith.jobs.spec import RegisterJob, TrainJob
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
@@ -22,10 +23,11 @@ class Attempt:
     storage: Storage
     settings: Settings
     events: EventWriter
+    stop: StopWatch
 
     @property
     def name(self) -> str:
-        return f"{self.job.id}-a{self.number}"
+        return attempt_name(self.job.id, self.number)
 
 
 def published(storage: Storage, job: TrainJob | RegisterJob) -> Manifest | None:

@@ -21,7 +21,7 @@ from trainers.attempt.context import Attempt
 from trainers.attempt.report import Report
 from trainers.text_job import hangs
 from trainers.text_job.ray_train_reports import ForwardReports
-from tunesmith.jobs.attempts import EventWriter, MetricLine
+from tunesmith.jobs.attempts import EventWriter, MetricLine, attempt_name
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 from tunesmith.storage.segments import SegmentWriter
@@ -35,7 +35,7 @@ class ReportWriter:
     def __init__(
         self, storage: Storage, job_id: str, attempt: int, events: EventWriter, *, segment_s: float, secret: bytes
     ) -> None:
-        self._attempt, self._name = attempt, f"{job_id}-a{attempt}"
+        self._attempt, self._name = attempt, attempt_name(job_id, attempt)
         self._events = events
         self._gauges = Gauges(job_id, attempt)
         self._metrics = SegmentWriter(

@@ -9,16 +9,15 @@ from typing import Any
 
 from trainers.attempt.context import Attempt
 from trainers.attempt.report_writer import ReportWriter, report_writer
+from trainers.attempt.stop_watch import StoppedError, StopWatch, stopped
 from trainers.programs.program_output import drop_output, keep_output, publish_output
 from trainers.programs.program_task import ProgramTask
 from trainers.programs.program_worker import Said, free_port, run_program
 from tunesmith.assets import catalog, image_references
 from tunesmith.assets.catalog import Manifest
 from tunesmith.clock import utc_text
-from tunesmith.errors import LeaseLostError
 from tunesmith.jobs.attempts import Result
 from tunesmith.jobs.spec import TrainJob
-from tunesmith.storage import layout
 
 END_S = 30.0
 """What the other workers have to end, once one has failed, before Ray kills them."""
@@ -32,17 +31,15 @@ def run_custom(attempt: Attempt, job: TrainJob) -> Result:
     from ray.exceptions import RayError
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    deadline = time.time() + job.max_run_time_s if job.max_run_time_s is not None else None
     ray.init(logging_level=logging.WARNING)
     if image_references.RESOURCE in job.resources:
         image_references.check_cluster(ray.cluster_resources(), model=job.model)
     group = placement_group([dict(job.resources) for _ in range(job.cards)], strategy="PACK")
     try:
-        stopped = _wait_for(group, attempt, deadline)
-        if stopped is not None:
-            return Result(outcome="stopped", reason=stopped, message="before its first step", time=utc_text())
-        gang = _Gang(attempt, job, group, deadline)
-        return gang.run()
+        _wait_for(group, attempt.stop)
+        return _Gang(attempt, job, group).run()
+    except StoppedError as stop:
+        return stopped(stop.args[0], " before its first step")
     except RayError as error:
         if type(error).__name__.startswith("RayTaskError"):
             raise
@@ -53,41 +50,35 @@ def run_custom(attempt: Attempt, job: TrainJob) -> Result:
         remove_placement_group(group)
 
 
-def _wait_for(group: Any, attempt: Attempt, deadline: float | None) -> str | None:
-    """Until the gang has its resources; the reason where the job is to stop before."""
+def _wait_for(group: Any, stop: StopWatch) -> None:
+    """Until the gang has its resources; StoppedError where the job is to stop before."""
     import ray
 
     ready = group.ready()
     while not ray.wait([ready], timeout=1.0)[0]:
-        if attempt.storage.exists(layout.stop(attempt.job.id)):
-            return "stopped_by_user"
-        if deadline is not None and time.time() > deadline:
-            return "time_limit"
-    return None
+        stop.check()
 
 
 class _Gang:
     """All workers of an attempt, each on its bundle of the placement group."""
 
-    def __init__(self, attempt: Attempt, job: TrainJob, group: Any, deadline: float | None) -> None:
+    def __init__(self, attempt: Attempt, job: TrainJob, group: Any) -> None:
         self._attempt, self._job, self._group = attempt, job, group
-        self._workers = self._make_workers(deadline)
+        self._workers = self._make_workers()
 
     def run(self) -> Result:
         attempt = self._attempt
         with report_writer(attempt) as reports:
             results = self._follow(reports)
         failed = next((result for result in results if result.outcome == "failed"), None)
-        stopped = next((result for result in results if result.outcome == "stopped"), None)
-        if failed is None and stopped is None:
+        halted = next((result for result in results if result.outcome == "stopped"), None)
+        if failed is None and halted is None:
             return self._publish(results[0])
-        if stopped is not None and stopped.reason == "worker_lost":
-            raise LeaseLostError("the attempt was given up for lost")
         attempt.events.write(phase="save")
         kept = self._on_bundle(0, keep_output)(self._workers[0])
         if kept:
             attempt.events.write(f"{len(kept)} files of its output are kept with the job", kept_files=len(kept))
-        return failed or stopped or results[0]
+        return failed or halted or results[0]
 
     def _follow(self, reports: ReportWriter) -> list[Result]:
         """What the workers say, until all have ended; their results, that of the first which failed before all."""
@@ -161,7 +152,7 @@ class _Gang:
         message = f"{job.output_model}: {len(files)} files"
         return Result(outcome="completed", message=message, time=utc_text(), summary=result.summary)
 
-    def _make_workers(self, deadline: float | None) -> list[ProgramTask]:
+    def _make_workers(self) -> list[ProgramTask]:
         import ray
         from ray.util import placement_group_table
 
@@ -176,7 +167,7 @@ class _Gang:
                     job=self._job,
                     attempt=self._attempt.number,
                     storage_url=self._attempt.storage.url,
-                    deadline=deadline,
+                    deadline=self._attempt.stop.deadline,
                     rank=rank,
                     local_rank=on_node[node],
                     master_addr=addresses[nodes[0]],

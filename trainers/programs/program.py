@@ -20,6 +20,7 @@ import psutil
 
 from trainers.programs import cgroups
 from tunesmith import processes
+from tunesmith.jobs.attempts import attempt_name
 
 MARK = "TUNESMITH_PROGRAM"
 """Variable that every process of a program carries."""
@@ -152,7 +153,7 @@ class Program:
 
 def program_mark(job_id: str, attempt: int, rank: int) -> str:
     """The mark of the program of one worker."""
-    return f"{job_id}-a{attempt}-{rank}"
+    return f"{attempt_name(job_id, attempt)}-{rank}"
 
 
 def end_earlier(job_id: str, attempt: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainers.programs.program import program_mark
+from tunesmith.jobs.attempts import attempt_name
 from tunesmith.jobs.spec import TrainJob
 from tunesmith.settings import Settings
 
@@ -30,7 +31,7 @@ class ProgramTask:
     @property
     def gang(self) -> str:
         """A name that all workers of the attempt share."""
-        return f"{self.job.id}-a{self.attempt}"
+        return attempt_name(self.job.id, self.attempt)
 
     @property
     def mark(self) -> str:

@@ -6,15 +6,15 @@ The program is `gallery_train/train.py` with the platform's Python, or what the 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainers.attempt.fetch import fetch
 from trainers.attempt.report import Report
+from trainers.attempt.stop_watch import FENCED, StoppedError, StopWatch, stopped
 from trainers.programs import images, outputs
 from trainers.programs.images import Image
 from trainers.programs.metrics_file import MAX_BYTES, MAX_QUOTED, MetricsFile
@@ -47,8 +47,7 @@ from tunesmith.storage.urls import open_patiently
 MAX_INSTALLED_FILES = 1_000_000
 LOOK_S = 0.5
 """Between two looks at the program, its metrics and its limits."""
-STOP_LOOK_S = 1.0
-"""Between two looks at the stop object in storage."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,10 +61,6 @@ class Said:
     result: Result | None = None
 
 
-class _StopError(Exception):
-    """The job is to stop, for the reason `args[0]`."""
-
-
 def run_program(worker: ProgramTask) -> Iterator[Said]:
     """Run the program to its end, telling how it goes. What ends it is in the last thing said.
 
@@ -75,10 +70,8 @@ def run_program(worker: ProgramTask) -> Iterator[Said]:
     storage = open_patiently(worker.storage_url, settings)
     try:
         yield from _Run(worker, storage, settings).steps()
-    except _StopError as stop:
-        message = f"before {TRAIN} was started"
-        result = Result(outcome="stopped", reason=stop.args[0], message=message, time=utc_text())
-        yield Said(result=result)
+    except StoppedError as stop:
+        yield Said(result=stopped(stop.args[0], f" before {TRAIN} was started"))
     except (LeaseLostError, StorageError, UnavailableError):
         raise
     except TunesmithError as error:
@@ -106,7 +99,7 @@ class _Run:
         self._worker, self._storage, self._settings = worker, storage, settings
         self._job = worker.job
         self._folder = worker.folder(settings)
-        self._stop_reason: str | None = None
+        self._stop = StopWatch(storage, self._job.id, worker.attempt, deadline=worker.deadline)
         self._step = 0
         self._program_name = TRAIN
 
@@ -126,7 +119,7 @@ class _Run:
             message = f"the output has {restored} files that an earlier attempt left"
             yield Said(events=[(message, {"restored_files": restored})])
         key = layout.logs(self._job.id, self._worker.attempt, str(self._worker.rank))
-        with self._log(key) as log, self._stop_watched():
+        with self._log(key) as log, self._stop.watching():
             yield self._phase("environment")
             self._program_name = program_name(base)
             place = find_place(self._worker, base, settings=self._settings, log=log, watch=self._wait)
@@ -152,30 +145,30 @@ class _Run:
     def _train(self, launch: Launch, log: ProgramLog) -> Generator[Said, None, Result]:
         """Says how it goes; at its end the result."""
         program = Program(launch)
-        metrics, stopped = MetricsFile(metrics_path(self._worker, self._settings)), None
+        metrics, reason = MetricsFile(metrics_path(self._worker, self._settings)), None
         usage = Usage(program, self._limits(self._program_name, files=outputs.MAX_FILES))
         # At any trouble the program ends before the copies do.
         output = output_kept(self._worker, self._storage.impatient, self._folder / "output", self._settings)
         with output, log.following(program), usage.watched():
             while program.exit_code() is None:
                 yield self._look(usage, metrics, log)
-                stopped = self._stop_wish()
-                if stopped is not None:
-                    yield from self._stop(program, usage, stopped)
+                reason = self._stop.reason
+                if reason is not None:
+                    yield from self._terminate(program, usage, reason)
                     break
                 time.sleep(LOOK_S)
             code = program.exit_code()
         images.remove_cgroups(self._folder / CONTAINER)
         yield self._look(None, metrics, log)
-        while metrics.has_more and self._stop_wish() is None:
+        while metrics.has_more and self._stop.reason is None:
             yield self._look(None, metrics, log)
         if code == 0:
             usage.check_disk()
-        return self._result(code, stopped, log)
+        return self._result(code, reason, log)
 
-    def _stop(self, program: Program, usage: Usage, reason: str) -> Iterator[Said]:
+    def _terminate(self, program: Program, usage: Usage, reason: str) -> Iterator[Said]:
         """SIGTERM, a wait while it takes no more than it may, and then the end of it."""
-        if reason == "worker_lost":
+        if reason == FENCED:
             return
         grace_s = self._settings.stop_grace_s / 2
         if self._worker.rank == 0:
@@ -188,10 +181,10 @@ class _Run:
                 usage.check()
                 time.sleep(LOOK_S / 2)
 
-    def _result(self, code: int | None, stopped: str | None, log: ProgramLog) -> Result:
-        if stopped is not None:
+    def _result(self, code: int | None, reason: str | None, log: ProgramLog) -> Result:
+        if reason is not None:
             how = "was killed" if code is None else f"ended with exit code {code}"
-            return Result(outcome="stopped", reason=stopped, message=f"{self._program_name} {how}", time=utc_text())
+            return stopped(reason, f"; {self._program_name} {how}")
         if code == 0:
             return Result(outcome="completed", time=utc_text(), summary={"steps": self._step})
         how = f"exit code {code}" if code is not None and code < 128 else f"signal {(code or 128) - 128}"
@@ -245,42 +238,9 @@ class _Run:
         with usage.watched():
             while program.exit_code() is None:
                 usage.check()
-                if (reason := self._stop_wish()) is not None:
-                    raise _StopError(reason)
+                self._stop.check()
                 time.sleep(LOOK_S / 2)
         usage.check_disk()
-
-    def _stop_wish(self) -> str | None:
-        """The reason where the job is to stop."""
-        deadline = self._worker.deadline
-        if self._stop_reason is None and deadline is not None and time.time() > deadline:
-            return "time_limit"
-        return self._stop_reason
-
-    @contextmanager
-    def _stop_watched(self) -> Iterator[None]:
-        """Look for the stop object beside the program: a storage that is away answers late."""
-        done = threading.Event()
-
-        def look() -> None:
-            while self._stop_reason is None and not done.wait(STOP_LOOK_S):
-                _logged(self._look_for_stop, self._job.id, "the stop object could not be looked for")
-
-        thread = threading.Thread(target=look, name="stop", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            # A look at a storage that does not answer may take minutes.
-            thread.join(STOP_LOOK_S)
-
-    def _look_for_stop(self) -> None:
-        storage = self._storage.impatient
-        if storage.exists(layout.stop(self._job.id)):
-            self._stop_reason = "stopped_by_user"
-        elif storage.exists(layout.result(self._job.id, self._worker.attempt)):
-            self._stop_reason = "worker_lost"
 
     @contextmanager
     def _log(self, key: str) -> Iterator[ProgramLog]:
@@ -305,10 +265,3 @@ def _last_words(metrics: MetricsFile) -> list[tuple[str, dict[str, Any]]]:
     if metrics.is_cut:
         said.append((f"the metrics file has more than {MAX_BYTES >> 20} MiB; the rest is not read", {}))
     return said
-
-
-def _logged(work: Callable[[], None], job_id: str, trouble: str) -> None:
-    try:
-        work()
-    except (TunesmithError, OSError) as error:
-        logger.warning("%s: %s: %s", job_id, trouble, error)

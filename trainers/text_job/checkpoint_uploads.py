@@ -13,7 +13,7 @@ from typing import Any
 
 from trainers.text_job.stored_checkpoints import upload_checkpoint
 from tunesmith.clock import utc_text
-from tunesmith.jobs.attempts import EventLine
+from tunesmith.jobs.attempts import EventLine, attempt_name
 from tunesmith.jobs.evaluation_record import Evaluation
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -38,7 +38,7 @@ class Uploads:
 
     def __init__(self, storage: Storage, *, job_id: str, attempt: int, keep: int) -> None:
         self._storage, self._job_id, self._attempt, self._keep = storage, job_id, attempt, keep
-        self._folder = Path(tempfile.gettempdir()) / f"tunesmith-{job_id}-a{attempt}-checkpoints"
+        self._folder = Path(tempfile.gettempdir()) / f"tunesmith-{attempt_name(job_id, attempt)}-checkpoints"
         self._changed = threading.Condition()
         self._waiting: list[_Upload] = []
         self._events: list[EventLine] = []

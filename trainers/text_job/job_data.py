@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +32,6 @@ class Data:
     eval_files: list[DataFile]
     """The test file; empty where the job names none."""
     eval_rows: TokenizedRows | None
-
-
-class StoppedError(Exception):
-    """The job is to stop, for the reason `args[0]`."""
 
 
 def data_files(dataset: Fetched, names: Iterable[str]) -> list[DataFile]:
@@ -76,21 +71,19 @@ def load_data(
     return Data(tokenizer, files, rows, eval_files, eval_rows)
 
 
-def prepare(attempt: Attempt, job: TrainJob, deadline: float | None) -> None:
+def prepare(attempt: Attempt, job: TrainJob) -> None:
     """Fill the cache, with progress as events, and audit what will be trained; the report is kept with the job.
 
-    DataError where there is nothing to train on, or where the audit refuses it. StoppedError where meanwhile
-    the user stopped the job, or `deadline`, seconds since the epoch, has passed.
+    DataError where there is nothing to train on, or where the audit refuses it. StoppedError where the job is to stop
+    meanwhile.
     """
     storage, told = attempt.storage, 0
 
     def progress(read: int, total: int | None) -> None:
         nonlocal told
         # Once all are read, the workers stop the job at a step's border, with a checkpoint.
-        if read != total and storage.exists(layout.stop(job.id)):
-            raise StoppedError("stopped_by_user")
-        if read != total and deadline is not None and time.time() > deadline:
-            raise StoppedError("time_limit")
+        if read != total:
+            attempt.stop.check()
         if read != told:
             share = f"{read:,} rows" if total is None else f"{read:,} of {total:,} rows"
             attempt.events.write(f"{share} tokenised", rows_read=read, rows_total=total)

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainers.attempt.context import Attempt
+from trainers.attempt.stop_watch import StoppedError, stopped
 from trainers.recipe.memory import is_out_of_memory
 from tunesmith.assets import catalog
 from tunesmith.assets.catalog import File, Manifest
 from tunesmith.clock import utc_text
-from tunesmith.errors import LeaseLostError, OutOfMemoryError, TunesmithError, UnavailableError, WorkerLostError
+from tunesmith.errors import OutOfMemoryError, TunesmithError, UnavailableError, WorkerLostError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Result
 from tunesmith.jobs.spec import TrainJob
@@ -32,20 +33,18 @@ def run_training(attempt: Attempt, job: TrainJob) -> Result:
     """Train, publish the new model, and say how it went. Raises what ended the run."""
     import ray
 
-    from trainers.text_job.job_data import StoppedError, prepare
+    from trainers.text_job.job_data import prepare
 
-    started = time.time()
-    deadline = started + job.max_run_time_s if job.max_run_time_s is not None else None
     # Before any worker is taken: an accelerator does not wait for rows, and a refusal costs none.
     try:
-        prepare(attempt, job, deadline)
-    except StoppedError as stopped:
-        return _stopped(stopped.args[0], {"steps": 0})
+        prepare(attempt, job)
+    except StoppedError as stop:
+        return _stopped(stop.args[0], {"steps": 0})
     from trainers.attempt.report_writer import report_writer
 
     ray.init(logging_level=logging.WARNING)
     with report_writer(attempt) as reports:
-        _fit_with_restarts(attempt, job, reports, deadline)
+        _fit_with_restarts(attempt, job, reports)
         products = reports.products
     if products is None:
         raise WorkerLostError("the workers ended without a last report")
@@ -59,11 +58,11 @@ def run_training(attempt: Attempt, job: TrainJob) -> Result:
     return Result(outcome="completed", message=message, time=utc_text(), summary=summary)
 
 
-def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: Any, deadline: float | None) -> None:
+def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: Any) -> None:
     """Run the workers to their end; after lost ones again from the newest checkpoint, up to `max_retries` times."""
     for restart in range(1, int(job.advanced["max_retries"]) + 2):
         try:
-            _fit(attempt, job, reports.callback(), deadline)
+            _fit(attempt, job, reports.callback())
             return
         except WorkerLostError as error:
             if restart > int(job.advanced["max_retries"]):
@@ -84,7 +83,7 @@ def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: Any, deadline: 
             time.sleep(attempts.retry_pause_s(restart))
 
 
-def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None) -> None:
+def _fit(attempt: Attempt, job: TrainJob, callback: Any) -> None:
     """One run of TorchTrainer. Raises WorkerLostError, UnavailableError where Ray is lost, or what a worker raised."""
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -99,7 +98,7 @@ def _fit(attempt: Attempt, job: TrainJob, callback: Any, deadline: float | None)
     name = f"{attempt.name}-{secrets.token_hex(4)}"
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"task": WorkerTask(job, attempt.number, attempt.storage.url, deadline, name)},
+        train_loop_config={"task": WorkerTask(job, attempt.number, attempt.storage.url, attempt.stop.deadline, name)},
         scaling_config=ScalingConfig(
             num_workers=job.cards, use_gpu="GPU" in job.resources, resources_per_worker=dict(job.resources)
         ),
@@ -179,17 +178,13 @@ def _is_loss(error: BaseException) -> bool:
 
 
 def _stopped(reason: str, summary: dict[str, Any]) -> Result:
-    if reason == "worker_lost":
-        raise LeaseLostError("the attempt was given up for lost")
-    words = {"time_limit": "its time was up", "stopped_by_user": "it was stopped"}
-    where = "before its first step"
+    where = " before its first step"
     if summary["steps"]:
-        where = f"at step {summary['steps']} of {summary['total_steps']}, "
+        where = f" at step {summary['steps']} of {summary['total_steps']}, "
         # None where storage did not take it.
         saved = summary["checkpoint_step"]
         where += "without a checkpoint" if saved is None else f"with the checkpoint of step {saved}"
-    message = f"{words.get(reason, reason)} {where}"
-    return Result(outcome="stopped", reason=reason, message=message, time=utc_text(), summary=summary)
+    return stopped(reason, where, summary)
 
 
 def _publish(attempt: Attempt, job: TrainJob, products: Mapping[str, Any]) -> None:

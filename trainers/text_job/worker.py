@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,7 @@ from ray.train.v2._internal.execution import context as train_context
 from trainers.attempt.fetch import fetch, local_copy
 from trainers.attempt.logs import log_to_job
 from trainers.attempt.report import Report
+from trainers.attempt.stop_watch import StopWatch
 from trainers.recipe import memory
 from trainers.recipe.evaluation import HeldOut, answer, evaluation
 from trainers.recipe.strategy import Worker
@@ -33,18 +33,15 @@ from trainers.text_job.stored_checkpoints import newest_checkpoint
 from trainers.text_job.watchdog import Watchdog, end_hung
 from trainers.text_job.worker_task import WorkerTask
 from tunesmith.clock import utc_text
-from tunesmith.errors import NotFoundError, TunesmithError
+from tunesmith.errors import NotFoundError
 from tunesmith.jobs import adapters
+from tunesmith.jobs.attempts import attempt_name
 from tunesmith.jobs.flavors import get_flavor
 from tunesmith.jobs.spec import TrainJob
 from tunesmith.settings import Settings
-from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 from tunesmith.storage.patience import PatientStorage
 from tunesmith.storage.urls import open_patiently
-
-STOP_LOOK_S = 1.0
-"""How often the stop object is looked for, seconds."""
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +102,14 @@ def _run(task: WorkerTask, worker: Worker, storage: PatientStorage, settings: Se
     with (
         _earlier_adapter(storage, job) as start_from,
         newest_checkpoint(storage, job.id) as (resumed_step, resume_from),
-        _stop_watch(task, storage.impatient) as stop,
+        StopWatch(storage, job.id, task.attempt, deadline=task.deadline).watching() as stop,
         uploads if worker.rank == 0 else nullcontext(),
         _watchdog(task, worker.rank, settings.hang_timeout_s) as watchdog,
     ):
 
         def should_stop() -> bool:
             watchdog.beat()
-            return stop.wished()
+            return stop.reason is not None
 
         outcome = train(
             base,
@@ -131,7 +128,7 @@ def _run(task: WorkerTask, worker: Worker, storage: PatientStorage, settings: Se
             start_from=start_from,
             resume_from=resume_from,
         )
-    if outcome.stopped and not stop.wished():  # another worker saw it first
+    if outcome.stopped and stop.reason is None:  # another worker saw it first
         stop.look()
     summary: dict[str, Any] = {
         "steps": outcome.steps,
@@ -174,7 +171,7 @@ def _held_out(data: Data, job: TrainJob) -> HeldOut:
 
 def _wait_until_stored(task: WorkerTask, step: int, settings: Settings) -> None:
     """Until storage has the metrics up to `step`: who goes on from a checkpoint does no step before it again."""
-    name, ends_at = f"{task.job.id}-a{task.attempt}", time.monotonic() + settings.storage_patience_s
+    name, ends_at = attempt_name(task.job.id, task.attempt), time.monotonic() + settings.storage_patience_s
     while hangs.stored_step(name) < step:
         if time.monotonic() > ends_at:
             logger.warning("%s: storage has not the metrics of step %d; its checkpoint counts all the same", name, step)
@@ -216,46 +213,3 @@ class _Reports:
             sampled["accelerator_memory_percent"] = 100.0 * (total - free) / total
             sampled["accelerator_utilisation_percent"] = float(torch.cuda.utilization())
         return sampled
-
-
-class _Stop:
-    """Whether the job is to stop: by the stop object, at the end of its time, or because its attempt is fenced."""
-
-    def __init__(self, task: WorkerTask, storage: Storage) -> None:
-        self.reason: str | None = None
-        self._task, self._storage = task, storage
-
-    def wished(self) -> bool:
-        return self.reason is not None
-
-    def look(self) -> None:
-        """A storage that does not answer is no reason to stop, and none to go on beyond the job's time."""
-        job_id, deadline = self._task.job.id, self._task.deadline
-        try:
-            if self._storage.exists(layout.stop(job_id)):
-                self.reason = "stopped_by_user"
-            elif self._storage.exists(layout.result(job_id, self._task.attempt)):
-                self.reason = "worker_lost"
-        except TunesmithError as error:
-            logger.warning("%s: the stop object could not be looked for: %s", job_id, error)
-        if self.reason is None and deadline is not None and time.time() > deadline:
-            self.reason = "time_limit"
-
-
-@contextmanager
-def _stop_watch(task: WorkerTask, storage: Storage) -> Iterator[_Stop]:
-    """Look beside the training, in every worker: one that makes answers hears of it from no other."""
-    stop, done = _Stop(task, storage), threading.Event()
-
-    def look() -> None:
-        while not stop.wished() and not done.wait(STOP_LOOK_S):
-            stop.look()
-
-    thread = threading.Thread(target=look, name="stop", daemon=True)
-    thread.start()
-    try:
-        yield stop
-    finally:
-        done.set()
-        # A look at a storage that does not answer may take minutes.
-        thread.join(STOP_LOOK_S)

@@ -6,15 +6,16 @@ gone (the reconciler) fences the attempt: it takes the claim, or the result, bef
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 
-from tunesmith.clock import utc_text
+from tunesmith.clock import seconds, utc_text
 from tunesmith.errors import NotFoundError, TunesmithError
 from tunesmith.frozen import Frozen, Tolerant
+from tunesmith.jobs.states import REASONS
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 from tunesmith.storage.segments import SegmentWriter, read_segments
@@ -43,6 +44,14 @@ class Result(Tolerant):
     time: str
     summary: dict[str, Any] = Field(default={})
     """Steps done, held-out losses and the like."""
+
+
+class StopWish(Tolerant):
+    """`stop`: that a job is to stop."""
+
+    time: str
+    reason: str
+    """One of states.REASONS."""
 
 
 class EventLine(Tolerant):
@@ -114,6 +123,27 @@ class EventWriter:
         self.close()
 
 
+def attempt_name(job_id: str, number: int) -> str:
+    """The name of an attempt outside of storage; Ray's id of its driver. Ray refuses a used one."""
+    return f"{job_id}-a{number}"
+
+
+def attempt_numbers(storage: Storage, job_id: str) -> list[int]:
+    """Numbers of the attempts that have left anything, in their order."""
+    names = storage.children(layout.attempts(job_id))
+    return sorted(int(name) for name in names if re.fullmatch(r"[1-9][0-9]{0,8}", name))
+
+
+def used_s(storage: Storage, job_id: str, *, before: int) -> float:
+    """Seconds that the attempts before this one took in all, each from its claim to its result."""
+    total = 0.0
+    for number in range(1, before):
+        claimed, result = read_claim(storage, job_id, number), read_result(storage, job_id, number)
+        if claimed is not None and result is not None:
+            total += max(0.0, seconds(result.time) - seconds(claimed.time))
+    return total
+
+
 def claim(storage: Storage, job_id: str, attempt: int, claimed_by: Claim) -> bool:
     """Take the attempt; False where it was taken before."""
     return storage.put_if_absent(layout.claim(job_id, attempt), claimed_by.model_dump_json().encode())
@@ -162,7 +192,20 @@ def retry_pause_s(retry: int) -> float:
 
 def request_stop(storage: Storage, job_id: str, reason: str = "stopped_by_user") -> None:
     """Leave the stop object, at which the job's driver looks on step borders. The first one stands."""
-    storage.put_if_absent(layout.stop(job_id), json.dumps({"time": utc_text(), "reason": reason}).encode())
+    wish = StopWish(time=utc_text(), reason=reason)
+    storage.put_if_absent(layout.stop(job_id), wish.model_dump_json().encode())
+
+
+def read_stop(storage: Storage, job_id: str) -> StopWish | None:
+    """The stop object; one that cannot be read, or gives no known reason, is the user's."""
+    text = _get(storage, layout.stop(job_id))
+    if text is None:
+        return None
+    try:
+        wish = StopWish.model_validate_json(text)
+    except ValidationError:
+        wish = StopWish(time=utc_text(), reason="")
+    return wish if wish.reason in REASONS else wish.model_copy(update={"reason": "stopped_by_user"})
 
 
 def read_events(storage: Storage, job_id: str, attempt: int) -> list[EventLine]:
@@ -179,7 +222,7 @@ def metric_lines(data: bytes) -> Iterator[MetricLine]:
 def checkpoints(storage: Storage, job_id: str) -> list[Checkpoint]:
     """All whole checkpoints of a job over its attempts, oldest first (by step, then attempt)."""
     found = []
-    for attempt in _numbers(storage.children(f"{layout.job(job_id)}/attempts")):
+    for attempt in attempt_numbers(storage, job_id):
         prefix = layout.checkpoints(job_id, attempt)
         for entry in storage.entries(prefix):
             step, _, name = entry.key.removeprefix(f"{prefix}/").partition("/")
@@ -192,10 +235,6 @@ def checkpoints(storage: Storage, job_id: str) -> list[Checkpoint]:
 def _lines(storage: Storage, prefix: str) -> Iterator[bytes]:
     for segment in read_segments(storage, prefix):
         yield from segment.data.splitlines()
-
-
-def _numbers(names: Iterable[str]) -> list[int]:
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _get(storage: Storage, key: str) -> bytes | None:

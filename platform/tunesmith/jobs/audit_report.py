@@ -8,6 +8,7 @@ from pydantic import Field
 
 from tunesmith.errors import NotFoundError
 from tunesmith.frozen import Tolerant
+from tunesmith.jobs.attempts import attempt_numbers
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
@@ -97,7 +98,7 @@ class AuditReport(Tolerant):
 
 def read_audit(storage: Storage, job_id: str) -> AuditReport:
     """The report of the job's newest attempt that has one. NotFoundError where none has."""
-    for attempt in sorted(map(int, storage.children(f"{layout.job(job_id)}/attempts")), reverse=True):
+    for attempt in reversed(attempt_numbers(storage, job_id)):
         if storage.exists(key := layout.audit(job_id, attempt)):
             return AuditReport.model_validate_json(storage.get(key))
     raise NotFoundError(

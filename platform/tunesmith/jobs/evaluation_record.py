@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from pydantic import ConfigDict
 
 from tunesmith.frozen import Tolerant
+from tunesmith.jobs.attempts import attempt_numbers
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
@@ -40,7 +41,7 @@ class Evaluation(Tolerant):
 def read_evaluations(storage: Storage, job_id: str, *, after: int = -1, limit: int | None = None) -> list[Evaluation]:
     """Evaluations of a job by their step, those above `after`; of those made again, the newest attempt's."""
     found: dict[int, str] = {}
-    for attempt in sorted(map(int, storage.children(f"{layout.job(job_id)}/attempts"))):
+    for attempt in attempt_numbers(storage, job_id):
         for entry in storage.entries(layout.evaluations(job_id, attempt)):
             found[int(PurePosixPath(entry.key).stem)] = entry.key
     steps = sorted(step for step in found if step > after)[:limit]

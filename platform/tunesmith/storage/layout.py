@@ -59,9 +59,14 @@ def stop(job_id: str) -> str:
     return f"{job(job_id)}/stop"
 
 
+def attempts(job_id: str) -> str:
+    """Prefix of all attempts of a job."""
+    return f"{job(job_id)}/attempts"
+
+
 def attempt(job_id: str, number: int) -> str:
     """Prefix of one attempt: the only place it writes to before it publishes."""
-    return f"{job(job_id)}/attempts/{number}"
+    return f"{attempts(job_id)}/{number}"
 
 
 def claim(job_id: str, number: int) -> str:
