@@ -6,7 +6,7 @@ import shlex
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tunesmith.errors import UnavailableError
@@ -62,7 +62,7 @@ class RayLauncher:
         command = [self._settings.python, "-m", "trainers", job_url, "--attempt", str(attempt)]
         # No working_dir: a folder of the user's would come before site-packages.
         # No database: a driver needs none, its URL may hold a password, and Ray shows the environment to all.
-        settings = replace(self._settings, account=account)
+        settings = self._settings.model_copy(update={"account": account})
         own = {name: text for name, text in settings.to_env().items() if name != "TUNESMITH_DATABASE_URL"}
         environment = {**own, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
         with self._errors():
