@@ -124,7 +124,7 @@ def test_an_account_written_into_job_json_owns_nothing(tmp_path: Path, storage: 
         name="data",
         asset="dataset",
         source=str(source),
-        output="data@1",
+        output_asset="data@1",
         created_at=utc_text(NOW),
     )
     storage.put(layout.job_json(job.id), job.model_dump_json().encode())
