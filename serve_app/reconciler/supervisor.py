@@ -166,8 +166,8 @@ class Supervisor:
     def _fence(self, record: Record, owner: str | None, outcome: str, reason: str | None, message: str) -> Result:
         """Make sure that the attempt's driver does nothing more; how it ended: the driver's own result stands.
 
-        As attempts.fence, but the end is written down at once, so that a restart finds it. The claim names the
-        driver, so that a restart between the two writes still asks Ray after it.
+        The end is written down at once, so that a restart finds it. The claim names the driver, so that a restart
+        between the two writes still asks Ray after it.
         """
         time = clock.utc_text(self._now())
         by = Claim(submission_id=owner, host=socket.gethostname(), pid=os.getpid(), time=time)

@@ -15,9 +15,10 @@ from serve_app.orders import place, plan
 from serve_app.views import event_view, job_view
 from tunesmith.api.views import EventView, JobView, LogView, Page
 from tunesmith.jobs.attempts import MetricLine
-from tunesmith.jobs.audit_report import AuditReport, read_audit
-from tunesmith.jobs.evaluation_record import Evaluation, read_evaluations
+from tunesmith.jobs.audit_report import AuditReport
+from tunesmith.jobs.evaluation_record import Evaluation
 from tunesmith.jobs.spec import TrainJob, TrainSpec
+from tunesmith.jobs.stored_reports import read_audit, read_evaluations
 from tunesmith.records.store import Insertion
 
 router = APIRouter(prefix="/v1", tags=["jobs"])

@@ -14,9 +14,8 @@ from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, NotFoundError, StorageError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, Result
-from tunesmith.jobs.audit_report import read_audit
-from tunesmith.jobs.evaluation_record import read_evaluations
 from tunesmith.jobs.spec import RegisterJob
+from tunesmith.jobs.stored_reports import read_audit, read_evaluations
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.folder import FolderStorage

@@ -443,8 +443,6 @@ def test_max_retries_is_how_often_a_run_starts_again(
     class Reports:
         last_step = 0
 
-        def callback(self) -> None: ...
-
     def lost(*args: object) -> None:
         nonlocal starts
         starts += 1
@@ -452,7 +450,7 @@ def test_max_retries_is_how_often_a_run_starts_again(
 
     monkeypatch.setattr(training_run, "_fit", lost)
     with pytest.raises(WorkerLostError):
-        training_run._fit_with_restarts(Attempt(), make_job(place, max_retries=retries), Reports())  # type: ignore[arg-type]
+        training_run._fit_with_restarts(Attempt(), make_job(place, max_retries=retries), Reports(), object)  # type: ignore[arg-type]
     assert starts == 1 + retries
 
 

@@ -14,7 +14,8 @@ from tests.support.waiting import until
 from trainers.text_job.checkpoint_uploads import Uploads
 from tunesmith.errors import StorageError
 from tunesmith.jobs.attempts import checkpoints
-from tunesmith.jobs.evaluation_record import Evaluation, read_evaluations
+from tunesmith.jobs.evaluation_record import Evaluation
+from tunesmith.jobs.stored_reports import read_evaluations
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage

@@ -11,8 +11,9 @@ from tunesmith.api.client import Client
 from tunesmith.cli import main
 from tunesmith.errors import NotFoundError
 from tunesmith.jobs.audit_report import AuditCounts, AuditReport
-from tunesmith.jobs.evaluation_record import Answer, Evaluation, read_evaluations
+from tunesmith.jobs.evaluation_record import Answer, Evaluation
 from tunesmith.jobs.spec import TrainSpec
+from tunesmith.jobs.stored_reports import read_evaluations
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 from tunesmith.storage.folder import FolderStorage

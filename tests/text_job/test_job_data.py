@@ -20,13 +20,14 @@ from tunesmith.assets.tables import describe
 from tunesmith.clock import utc_text
 from tunesmith.errors import DataError
 from tunesmith.jobs import attempts
-from tunesmith.jobs.attempts import EventWriter
-from tunesmith.jobs.audit_report import read_audit
+from tunesmith.jobs.attempts import EventLine, EventWriter
 from tunesmith.jobs.drafting import draft
 from tunesmith.jobs.spec import TrainJob, TrainSpec
+from tunesmith.jobs.stored_reports import read_audit
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.folder import FolderStorage
+from tunesmith.storage.segments import read_segments
 
 ROWS = tiny.sums(40)
 
@@ -75,7 +76,8 @@ def test_rows_are_tokenised_with_progress_and_audited(settings: Settings, monkey
     attempt, job = attempt_on(ROWS, settings)
     with attempt.events:
         prepare(attempt, job)
-    events = attempts.read_events(attempt.storage, job.id, 1)
+    segments = read_segments(attempt.storage, layout.events(job.id, 1))
+    events = [EventLine.model_validate_json(line) for segment in segments for line in segment.data.splitlines()]
     assert [event.phase for event in events if event.phase] == ["fetch", "tokenize", "audit"]
     assert [event.data for event in events if event.message] == [{"rows_read": 40, "rows_total": 40}]
     assert read_audit(attempt.storage, job.id).counts.rows == 40

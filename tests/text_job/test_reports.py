@@ -1,16 +1,20 @@
 """What the workers report reaches the job's folder, each value once, whoever ends first."""
 
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
 from pathlib import Path
+from socket import AF_UNIX
+from socket import socket as stream_socket
 
 import pytest
 
 from tests.support.waiting import until
 from trainers.attempt.report import Report
 from trainers.attempt.report_writer import ReportWriter
-from trainers.text_job import hangs
 from trainers.text_job.ray_train_reports import KEY
+from trainers.text_job.report_socket import ReportSocket
 from tunesmith.jobs import attempts
-from tunesmith.jobs.attempts import EventWriter, MetricLine
+from tunesmith.jobs.attempts import EventLine, EventWriter, MetricLine
 from tunesmith.storage import layout
 from tunesmith.storage.folder import FolderStorage
 from tunesmith.storage.segments import read_segments
@@ -28,9 +32,10 @@ def test_reports_become_metrics_and_events_and_none_is_lost(tmp_path: Path) -> N
     storage = FolderStorage(tmp_path)
     with (
         EventWriter(storage, "job-1", 1) as events,
-        ReportWriter(storage, "job-1", 1, events, segment_s=5, secret=b"secret") as writer,
+        ReportWriter(storage, "job-1", 1, events=events, segment_s=5) as writer,
+        ReportSocket(writer) as socket,
     ):
-        callback = writer.callback()
+        callback = socket.callback()
         for phase in ("tokenize", "train"):
             callback.after_report(None, [{KEY: Report("t", 0, phase=phase)}] * 2, None)
         for step in range(1, 201):
@@ -40,7 +45,7 @@ def test_reports_become_metrics_and_events_and_none_is_lost(tmp_path: Path) -> N
         assert writer.last_step == 200
         assert writer.products == {"files": []}
         # A second run of the workers, after a lost one, has a connection of its own.
-        again = writer.callback()
+        again = socket.callback()
         again.after_report(None, [{KEY: Report("t", 201, values={"loss": 0.5}, phase="train")}], None)
     lines = metrics(storage)
     assert [(line.step, line.value) for line in lines if line.name == "loss"][:200] == [
@@ -48,24 +53,47 @@ def test_reports_become_metrics_and_events_and_none_is_lost(tmp_path: Path) -> N
     ]
     assert {(line.rank, line.value) for line in lines if line.name == "rss"} == {(0, 10.0), (1, 20.0)}
     assert lines[-1].step == 201
-    told = [(event.state, event.phase) for event in attempts.read_events(storage, "job-1", 1)]
+    segments = read_segments(storage, layout.events("job-1", 1))
+    said = [EventLine.model_validate_json(line) for segment in segments for line in segment.data.splitlines()]
+    told = [(event.state, event.phase) for event in said]
     assert told == [(None, "tokenize"), ("running", "train"), (None, "train")]
 
 
-def test_workers_hear_once_storage_has_all_metrics_that_a_checkpoint_waits_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_caller_without_the_secret_is_sent_away_and_the_next_run_is_heard(tmp_path: Path) -> None:
     storage = FolderStorage(tmp_path)
-    told: list[tuple[str, int, int]] = []
-    monkeypatch.setattr(hangs, "tell_stored", lambda name, step: told.append((name, step, len(metrics(storage)))))
     with (
         EventWriter(storage, "job-1", 1) as events,
-        ReportWriter(storage, "job-1", 1, events, segment_s=1000, secret=b"secret") as writer,
+        ReportWriter(storage, "job-1", 1, events=events, segment_s=5) as writer,
+        ReportSocket(writer) as socket,
+    ):
+        address = socket.callback()._address
+        with pytest.raises(AuthenticationError):
+            Client(address, "AF_UNIX", authkey=b"wrong")
+        for _ in range(2):
+            with stream_socket(AF_UNIX) as silent:
+                silent.connect(address)
+        socket.callback().after_report(None, [{KEY: Report("t", 1, values={"loss": 0.5})}], None)
+        assert writer.last_step == 1
+
+
+def test_workers_hear_once_storage_has_all_metrics_that_a_checkpoint_waits_for(tmp_path: Path) -> None:
+    storage = FolderStorage(tmp_path)
+    told: list[tuple[int, int]] = []
+    with (
+        EventWriter(storage, "job-1", 1) as events,
+        ReportWriter(
+            storage,
+            "job-1",
+            1,
+            events=events,
+            segment_s=1000,
+            stored=lambda step: told.append((step, len(metrics(storage)))),
+        ) as writer,
     ):
         for name in ("loss", "eval_loss"):
             writer.write(Report("t", 3, values={name: 1.0}), rank=0)
         assert metrics(storage) == []
         writer.write(Report("t", 3, flush=True), rank=0)
-        until(lambda: told == [("job-1-a1", 3, 2)])
+        until(lambda: told == [(3, 2)])
         writer.write(Report("t", 6, flush=True), rank=0)  # nothing new to store
-        assert told[1:] == [("job-1-a1", 6, 2)]
+        assert told[1:] == [(6, 2)]

@@ -7,10 +7,11 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trainers.attempt.context import Attempt
+from trainers.attempt.report_writer import ReportWriter, report_writer
 from trainers.attempt.stop_watch import StoppedError, stopped
 from trainers.recipe.memory import is_out_of_memory
 from tunesmith.assets import catalog
@@ -40,11 +41,14 @@ def run_training(attempt: Attempt, job: TrainJob) -> Result:
         prepare(attempt, job)
     except StoppedError as stop:
         return _stopped(stop.args[0], {"steps": 0})
-    from trainers.attempt.report_writer import report_writer
+    from trainers.text_job.report_socket import ReportSocket
 
     ray.init(logging_level=logging.WARNING)
-    with report_writer(attempt) as reports:
-        _fit_with_restarts(attempt, job, reports)
+    with (
+        report_writer(attempt, stored=lambda step: _tell_stored(attempt, step)) as reports,
+        ReportSocket(reports) as socket,
+    ):
+        _fit_with_restarts(attempt, job, reports, socket.callback)
         products = reports.products
     if products is None:
         raise WorkerLostError("the workers ended without a last report")
@@ -58,11 +62,20 @@ def run_training(attempt: Attempt, job: TrainJob) -> Result:
     return Result(outcome="completed", message=message, time=utc_text(), summary=summary)
 
 
-def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: Any) -> None:
+def _tell_stored(attempt: Attempt, step: int) -> None:
+    from trainers.text_job import hangs
+
+    try:
+        hangs.tell_stored(attempt.name, step)
+    except Exception:  # a thread's border: the records go on without Ray
+        logger.exception("%s: the workers could not be told of step %d", attempt.name, step)
+
+
+def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: ReportWriter, callback: Callable[[], Any]) -> None:
     """Run the workers to their end; after lost ones again from the newest checkpoint, up to `max_retries` times."""
     for restart in range(1, int(job.advanced["max_retries"]) + 2):
         try:
-            _fit(attempt, job, reports.callback())
+            _fit(attempt, job, callback())
             return
         except WorkerLostError as error:
             if restart > int(job.advanced["max_retries"]):

@@ -18,7 +18,7 @@ from tunesmith.frozen import Frozen, Tolerant
 from tunesmith.jobs.states import REASONS
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
-from tunesmith.storage.segments import SegmentWriter, read_segments
+from tunesmith.storage.segments import SegmentWriter
 
 
 class Claim(Tolerant):
@@ -165,17 +165,6 @@ def read_result(storage: Storage, job_id: str, attempt: int) -> Result | None:
     return None if text is None else Result.model_validate_json(text)
 
 
-def fence(storage: Storage, job_id: str, attempt: int, *, by: Claim, message: str) -> Result:
-    """Make sure that no driver of the attempt works from now on; how the attempt ended.
-
-    The driver's own result stands where it wrote one; else the attempt is `lost`.
-    """
-    claim(storage, job_id, attempt, by)
-    return finish(
-        storage, job_id, attempt, Result(outcome="lost", reason="worker_lost", message=message, time=utc_text())
-    )
-
-
 def failure(error: BaseException) -> Result:
     """The result of an attempt that ended with `error`."""
     if isinstance(error, TunesmithError):
@@ -208,11 +197,6 @@ def read_stop(storage: Storage, job_id: str) -> StopWish | None:
     return wish if wish.reason in REASONS else wish.model_copy(update={"reason": "stopped_by_user"})
 
 
-def read_events(storage: Storage, job_id: str, attempt: int) -> list[EventLine]:
-    """All events of an attempt so far, oldest first."""
-    return [EventLine.model_validate_json(line) for line in _lines(storage, layout.events(job_id, attempt))]
-
-
 def metric_lines(data: bytes) -> Iterator[MetricLine]:
     """The metrics in one segment."""
     for line in data.splitlines():
@@ -230,11 +214,6 @@ def checkpoints(storage: Storage, job_id: str) -> list[Checkpoint]:
                 key = layout.checkpoint(job_id, attempt, int(step))
                 found.append(Checkpoint(attempt=attempt, step=int(step), key=key))
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt))
-
-
-def _lines(storage: Storage, prefix: str) -> Iterator[bytes]:
-    for segment in read_segments(storage, prefix):
-        yield from segment.data.splitlines()
 
 
 def _get(storage: Storage, key: str) -> bytes | None:

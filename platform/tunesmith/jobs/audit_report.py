@@ -6,11 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunesmith.errors import NotFoundError
 from tunesmith.frozen import Tolerant
-from tunesmith.jobs.attempts import attempt_numbers
-from tunesmith.storage import layout
-from tunesmith.storage.base import Storage
 
 
 class AuditCounts(Tolerant):
@@ -94,13 +90,3 @@ class AuditReport(Tolerant):
     def refusal(self) -> Finding | None:
         """Why no job is trained on these rows, if so."""
         return next((finding for finding in self.findings if finding.level == "refused"), None)
-
-
-def read_audit(storage: Storage, job_id: str) -> AuditReport:
-    """The report of the job's newest attempt that has one. NotFoundError where none has."""
-    for attempt in reversed(attempt_numbers(storage, job_id)):
-        if storage.exists(key := layout.audit(job_id, attempt)):
-            return AuditReport.model_validate_json(storage.get(key))
-    raise NotFoundError(
-        f"{job_id} has no audit", hint="it is made once the job's rows are tokenised, before training", code="no_audit"
-    )

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-
 from pydantic import ConfigDict
 
 from tunesmith.frozen import Tolerant
-from tunesmith.jobs.attempts import attempt_numbers
-from tunesmith.storage import layout
-from tunesmith.storage.base import Storage
 
 
 class Answer(Tolerant):
@@ -36,13 +31,3 @@ class Evaluation(Tolerant):
     """`bleu`, `rouge1`, `rouge2` and `rougeL` of the answers, 0 to 100; empty where rows ask nothing."""
     answers: list[Answer]
     """To the first of the rows, in their order; the scores are over all. Long texts are shortened."""
-
-
-def read_evaluations(storage: Storage, job_id: str, *, after: int = -1, limit: int | None = None) -> list[Evaluation]:
-    """Evaluations of a job by their step, those above `after`; of those made again, the newest attempt's."""
-    found: dict[int, str] = {}
-    for attempt in attempt_numbers(storage, job_id):
-        for entry in storage.entries(layout.evaluations(job_id, attempt)):
-            found[int(PurePosixPath(entry.key).stem)] = entry.key
-    steps = sorted(step for step in found if step > after)[:limit]
-    return [Evaluation.model_validate_json(storage.get(found[step])) for step in steps]

@@ -1,0 +1,63 @@
+"""The driver's end of what Ray Train's controller passes on: every report of the workers, through a Unix socket.
+
+Ray Train calls back in its controller, an actor on the driver's node. The callback sends the reports and waits for the
+answer, which comes once they are written.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import tempfile
+import threading
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+
+from trainers.attempt.report_writer import ReportWriter
+from trainers.text_job.ray_train_reports import ForwardReports
+
+logger = logging.getLogger(__name__)
+
+
+class ReportSocket:
+    """Hands reports to their writer. A context manager; when it is left, no more are taken."""
+
+    def __init__(self, writer: ReportWriter) -> None:
+        self._writer = writer
+        self._folder = tempfile.TemporaryDirectory(prefix="tunesmith-")
+        self._secret = secrets.token_bytes(32)
+        self._listener = Listener(str(Path(self._folder.name) / "reports"), "AF_UNIX", authkey=self._secret)
+        self._closed = False
+        threading.Thread(target=self._accept, name="reports", daemon=True).start()
+
+    def callback(self) -> ForwardReports:
+        """For RunConfig(callbacks=[…]) of one run of the workers."""
+        return ForwardReports(str(self._listener.address), self._secret)
+
+    def __enter__(self) -> ReportSocket:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._closed = True
+        self._listener.close()
+        self._folder.cleanup()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connection = self._listener.accept()
+            except (EOFError, OSError, AuthenticationError) as error:
+                if not self._closed:
+                    logger.warning("a caller of the report socket was sent away: %r", error)
+                continue
+            threading.Thread(target=self._read, args=(connection,), name="reports", daemon=True).start()
+
+    def _read(self, connection: Connection) -> None:
+        with connection:
+            while True:
+                try:
+                    self._writer.write_all(connection.recv())
+                    connection.send(None)
+                except (EOFError, OSError):
+                    return  # the controller is gone
