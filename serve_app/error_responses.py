@@ -23,6 +23,7 @@ _MEANINGS = {
     401: "no token, or a wrong one",
     404: "there is nothing of that name",
     409: "the request contradicts what is there already",
+    413: "the body is too large",
     422: "something that is not allowed was asked for",
     500: "a fault of the platform; its log has the request id",
     503: "something the platform needs does not answer just now; try again",
@@ -59,7 +60,9 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(TunesmithError, _on_tunesmith_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(sa.exc.OperationalError, _on_database_error)
+    # A pool whose connections are all in use raises TimeoutError, which is no OperationalError.
+    for kind in (sa.exc.OperationalError, sa.exc.TimeoutError):
+        app.add_exception_handler(kind, _on_database_error)
 
 
 async def _on_tunesmith_error(request: Request, error: Exception) -> Response:

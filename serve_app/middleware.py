@@ -1,4 +1,4 @@
-"""What every request passes first: its id, its token, and the promise that an answer comes."""
+"""What every request passes first: its id, its token, the size of its body, and the promise that an answer comes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.error_responses import error_response
-from tunesmith.errors import AuthError, TunesmithError, UnavailableError
+from tunesmith.errors import AuthError, TooLargeError, TunesmithError, UnavailableError
 
 OPEN_PATHS = frozenset({"/healthz"})
 """Answered without a token."""
+
+MAX_BODY_BYTES = 1 << 20
+"""What a request may send. Orders are some hundred bytes; data goes to storage, not through the door."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ class Border:
 
         try:
             self._check_token(scope)
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, _replayed(await _read_body(receive), receive), send_with_id)
         except TunesmithError as error:
             await error_response(error, request_id)(scope, receive, send_with_id)
         except Exception:
@@ -76,6 +79,32 @@ class Border:
                 "this needs the header `Authorization: Bearer TOKEN` with the door's token",
                 hint=f"the token is in the file {self._token_path.name} of the installation's home",
             )
+
+
+async def _read_body(receive: Receive) -> list[Message]:
+    """The messages that carry the request's body; TooLargeError as soon as there are too many bytes."""
+    messages: list[Message] = []
+    size = 0
+    while size <= MAX_BODY_BYTES:
+        if messages and not messages[-1].get("more_body"):
+            return messages
+        messages.append(await receive())
+        size += len(messages[-1].get("body", b""))
+    raise TooLargeError(
+        f"the body of a request may have {MAX_BODY_BYTES} bytes, got more",
+        hint="put data into storage and register it from there",
+    )
+
+
+def _replayed(messages: list[Message], receive: Receive) -> Receive:
+    """A `receive` that gives these messages first."""
+    left = iter(messages)
+
+    async def replay() -> Message:
+        message = next(left, None)
+        return message if message is not None else await receive()
+
+    return replay
 
 
 def _request_id(headers: Headers) -> str:

@@ -27,7 +27,7 @@ def place(door: Door, spec: TrainSpec | RegisterSpec, *, key: str | None) -> Ins
         if first is not None:
             return first
     return door.store.insert(
-        plan(door, spec),
+        _draft(door, spec),
         respond=lambda record: job_view(record).model_dump(mode="json"),
         idempotency_key=key,
         body_hash=body_hash,
@@ -36,7 +36,11 @@ def place(door: Door, spec: TrainSpec | RegisterSpec, *, key: str | None) -> Ins
 
 def plan(door: Door, spec: TrainSpec | RegisterSpec) -> TrainJob | RegisterJob:
     """The job that `spec` would become; SpecError or DataError says what is wrong with it."""
-    _canonical(spec)  # refuses what could not be stored
+    _canonical(spec)  # what could not be stored is refused
+    return _draft(door, spec)
+
+
+def _draft(door: Door, spec: TrainSpec | RegisterSpec) -> TrainJob | RegisterJob:
     if isinstance(spec, RegisterSpec):
         spec = spec.model_copy(update={"source": check_source(spec.source, door.settings.import_roots)})
     return draft(

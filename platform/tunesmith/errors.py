@@ -85,6 +85,14 @@ class AuthError(TunesmithError):
     reason = "user_error"
 
 
+class TooLargeError(TunesmithError):
+    """The request has more bytes than are taken."""
+
+    code = "body_too_large"
+    status = 413
+    reason = "user_error"
+
+
 class StorageError(TunesmithError):
     """The storage did not do what was asked, after its client's own retries."""
 

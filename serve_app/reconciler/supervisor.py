@@ -17,11 +17,11 @@ from serve_app.reconciler.launcher import ALIVE, STOP_WAIT_S, Launcher, RayJob
 from serve_app.reconciler.lease import LeasedRecords
 from tunesmith import clock
 from tunesmith.assets.catalog import Manifest
-from tunesmith.errors import ConflictError, NotFoundError
+from tunesmith.errors import NotFoundError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, EventLine, Result
 from tunesmith.jobs.spec import RegisterJob
-from tunesmith.jobs.states import FINAL, Change
+from tunesmith.jobs.states import Change
 from tunesmith.records.store import Line, Record, RecordStore
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
@@ -96,17 +96,11 @@ class Supervisor:
         return record
 
     def _adopt(self, record: Record, event: EventLine, line: Line) -> Record:
-        change = Change(state=event.state, phase=event.phase, reason=event.reason, message=event.message)
-        if event.state in FINAL:
-            # Only result.json ends a job.
-            change = Change(phase=event.phase, message=event.message)
-        try:
-            return self._records.change(record, change, data=event.data, line=line, at=event.time)
-        except ConflictError as error:
-            if error.code != "illegal_move":
-                raise
-        said = Change(phase=event.phase, message=event.message)
-        return self._records.change(record, said, data=event.data, line=line, at=event.time)
+        # A driver says that it runs. Only result.json ends a job, and the other moves are ours.
+        is_news = event.state == "running" and record.status.state == "preparing"
+        state = "running" if is_news else None
+        change = Change(state=state, phase=event.phase, message=event.message)
+        return self._records.change(record, change, data=event.data, line=line, at=event.time)
 
     def _judge(self, record: Record) -> Result | None:
         """How an attempt without a result ended; None while it may go on. Starts it where it never was."""

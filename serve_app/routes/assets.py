@@ -85,7 +85,7 @@ def get_dataset_readme(door: DoorDep, ref: str) -> Response:
     tags=["models"],
     status_code=202,
     response_model=JobView,
-    responses={**REPLAY, **documented(400, 409, 422)},
+    responses={**REPLAY, **documented(400, 409, 413, 422)},
 )
 def register_model(
     door: DoorDep,
@@ -114,7 +114,7 @@ def get_dataset(door: DoorDep, ref: str) -> AssetView:
     tags=["datasets"],
     status_code=202,
     response_model=JobView,
-    responses={**REPLAY, **documented(400, 409, 422)},
+    responses={**REPLAY, **documented(400, 409, 413, 422)},
 )
 def register_dataset(
     door: DoorDep,

@@ -27,7 +27,8 @@ IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
-        description="1 to 255 visible ASCII characters. The same key and body again: the first answer, and no new job.",
+        description="1 to 255 visible ASCII characters. The same key and body again: the first answer, and no new job. "
+        "A key is known for 30 days.",
     ),
 ]
 State = Literal["pending", "queued", "preparing", "running", "stopping", "completed", "failed", "stopped"]
@@ -52,13 +53,13 @@ def answer_order(insertion: Insertion, *, status: int) -> Response:
     return JSONResponse(insertion.response, status_code=status, headers=headers)
 
 
-@router.post("/jobs", status_code=201, response_model=JobView, responses={**REPLAY, **documented(400, 409, 422)})
+@router.post("/jobs", status_code=201, response_model=JobView, responses={**REPLAY, **documented(400, 409, 413, 422)})
 def create_job(door: DoorDep, spec: TrainBody, idempotency_key: IdempotencyKey = None) -> Response:
     """Order a training run. Once this answers, the job is not lost."""
     return answer_order(place(door, spec, key=idempotency_key), status=201)
 
 
-@router.post("/plans", responses=documented(400, 422))
+@router.post("/plans", responses=documented(400, 413, 422))
 def plan_job(door: DoorDep, spec: TrainBody) -> TrainJob:
     """What an order would run, every default filled in. Nothing is recorded."""
     job = plan(door, spec)

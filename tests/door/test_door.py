@@ -1,5 +1,6 @@
 """The front door: orders, jobs, and what they say while they run."""
 
+import json
 from typing import Any
 
 import pytest
@@ -152,6 +153,19 @@ def test_a_cursor_or_rank_that_is_none_is_refused(client: TestClient, query: str
     error_of(
         client.get(f"/v1/jobs/{job.id}/logs?{query}"), 422, "invalid_cursor" if "after" in query else "invalid_spec"
     )
+
+
+def test_a_metrics_line_that_cannot_be_read_is_left_out_and_logged(
+    client: TestClient, door: Door, storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = order(client)
+    end(door, job.id, "queued", "preparing")
+    line = {"time": "2026-01-01T00:00:00.000Z", "attempt": 1, "step": 1, "rank": None, "name": "loss", "value": 1.5}
+    text = json.dumps(line) + "\nno line\n" + json.dumps({**line, "step": 2}) + "\n"
+    storage.put(f"{layout.metrics(job.id, 1)}/00000001", text.encode())
+    items = client.get(f"/v1/jobs/{job.id}/metrics").json()["items"]
+    assert [item["step"] for item in items] == [1, 2]
+    assert any("line 2" in message for message in caplog.messages)
 
 
 def test_metrics_are_read_by_name_and_a_loss_that_is_no_number_is_shown(

@@ -1,16 +1,22 @@
 """Whatever goes wrong at the door, the answer has the one shape and says what to do."""
 
+import asyncio
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
 from serve_app.app import make_app
+from serve_app.door import Door
+from serve_app.middleware import MAX_BODY_BYTES, _read_body
 from tests.support.door_fixture import error_of
 from tests.support.stage import SPEC
+from tunesmith.errors import TooLargeError
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -171,3 +177,33 @@ def test_the_token_is_asked_for_before_the_body_is_looked_at(client: TestClient,
 def test_a_token_file_that_holds_no_token_lets_nobody_in(client: TestClient, settings: Settings, make: Any) -> None:
     make(settings.api_token_path)
     assert client.get("/v1/jobs", headers={"Authorization": "Bearer "}).status_code in (401, 503)
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["told", "counted"])
+def test_a_body_that_is_too_large_is_refused_whether_its_length_is_told_or_not(
+    client: TestClient, is_told: bool
+) -> None:
+    content = b" " * (2 * MAX_BODY_BYTES) if is_told else iter([b" " * MAX_BODY_BYTES] * 2)
+    error_of(client.post("/v1/jobs", content=content), 413, "body_too_large")
+    content = json.dumps(SPEC).ljust(MAX_BODY_BYTES).encode()
+    assert client.post("/v1/plans", content=content, headers={"Content-Type": "application/json"}).status_code == 200
+
+
+def test_a_body_is_read_no_further_than_the_bound() -> None:
+    read = 0
+
+    async def receive() -> Message:
+        nonlocal read
+        read += 1
+        return {"type": "http.request", "body": b" " * (MAX_BODY_BYTES // 10), "more_body": True}
+
+    with pytest.raises(TooLargeError):
+        asyncio.run(_read_body(receive))
+    assert read == 11
+
+
+def test_connections_that_are_all_in_use_are_no_fault_of_the_request(client: TestClient, door: Door) -> None:
+    door.store._engine = sa.create_engine(door.settings.database_url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    with door.store._engine.connect():
+        error_of(client.get("/v1/jobs"), 503, "unavailable")
+    assert client.get("/v1/jobs").status_code == 200

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.reconciler.launcher import ALIVE, RayLauncher
 from tests.support.ray_fixture import Running
 from tunesmith.jobs.states import FINAL
 
@@ -68,6 +70,21 @@ def test_a_killed_replica_comes_back_by_itself(platform: Running, name: str) -> 
 def test_serve_shows_both_applications(platform: Running) -> None:
     shown = applications(platform)
     assert {name: shown[name]["route_prefix"] for name in shown} == {"door": "/", "reconciler": None}
+
+
+def test_ray_says_that_a_submission_exists_or_is_unknown_in_the_words_we_know(
+    platform: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The launcher knows these answers by their text. Another Ray that says it otherwise is found here.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(platform.settings.ray_token_path))
+    launcher, name = RayLauncher(platform.settings), uuid.uuid4().hex
+    assert launcher.status(f"{name}-a1") is None
+    launcher.stop(f"{name}-a1")
+    launcher.submit(name, 1, "/nowhere/jobs/none/job.json")
+    launcher.submit(name, 1, "/nowhere/jobs/none/job.json")
+    wait_for(lambda: (job := launcher.status(f"{name}-a1")) is not None and job.status not in ALIVE)
+    launcher.stop(f"{name}-a1")
 
 
 def test_an_answer_carries_its_request_id_once(platform: Running) -> None:

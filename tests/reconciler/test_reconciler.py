@@ -119,12 +119,23 @@ def test_an_event_that_cannot_be_read_is_left_out_alone(stage: Stage) -> None:
     assert [event.change.message for event in stage.store.events(record.id)][-1] == "ok"
 
 
-def test_a_drivers_word_alone_does_not_end_a_job(stage: Stage) -> None:
+@pytest.mark.parametrize("state", ["completed", "failed", "stopped", "stopping", "queued", "preparing", "nonsense"])
+def test_a_drivers_word_moves_a_job_to_running_and_nowhere_else(stage: Stage, state: str) -> None:
     record, driver = stage.running()
-    driver.say(line(state="completed", message="so it says"), line(state="nonsense", message="what"))
+    driver.say(line(state=state, message="so it says"))
     stage.rounds()
-    assert stage.status(record) == ("running", None, 1)
-    assert [event.change.message for event in stage.store.events(record.id)][-2:] == ["so it says", "what"]
+    status = stage.store.get(record.id).status
+    assert (status.state, status.message, status.attempt) == ("running", "so it says", 1)
+    assert stage.states(record)[-1] == "running"
+
+
+def test_an_event_of_a_phase_that_there_is_not_is_left_out(stage: Stage) -> None:
+    record, _ = stage.running()
+    text = line(message="known").model_dump_json().replace('"phase":null', '"phase":"lunch"')
+    stage.storage.put(f"{layout.events(record.id, 1)}/00000002", text.encode() + b"\n")
+    stage.rounds()
+    status = stage.store.get(record.id).status
+    assert (status.phase, status.message) == ("train", None)
 
 
 def test_a_deleted_job_leaves_storage_and_its_model_stays(stage: Stage) -> None:

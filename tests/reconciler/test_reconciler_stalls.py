@@ -17,7 +17,8 @@ from tests.support.stalling_proxy import StallingProxy, stalling_proxy
 from tests.support.waiting import until
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
-from tunesmith.storage.urls import open_promptly
+from tunesmith.storage.s3 import Waiting
+from tunesmith.storage.urls import open_storage
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
 
@@ -68,7 +69,9 @@ def test_a_job_starts_while_anothers_storage_hangs_and_a_third_is_deleted(
 ) -> None:
     stage = Stage(tmp_path)
     env = {"TUNESMITH_S3_ENDPOINT": proxy.url, "TUNESMITH_S3_REGION": "us-east-1", "TUNESMITH_HOME": str(tmp_path)}
-    stage.storage = open_promptly(s3_server.url("stalls"), Settings.from_env(env))
+    # What hangs is not given up, so that nothing here depends on how fast the machine is.
+    waiting = Waiting(read_s=600, tries=1)
+    stage.storage = open_storage(s3_server.url("stalls"), Settings.from_env(env), waiting=waiting)
     publish_inputs(stage.storage)
     stage.reconciler = stage.new_reconciler("first", storage=stage.storage)
     stage.launcher.resources = {"CPU": 8.0}

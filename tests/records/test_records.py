@@ -14,7 +14,7 @@ from tunesmith.errors import ConflictError, LeaseLostError, NotFoundError
 from tunesmith.jobs.drafting import new_job_id
 from tunesmith.jobs.spec import RegisterJob
 from tunesmith.jobs.states import Change, replay
-from tunesmith.records.store import Line, Record, RecordStore
+from tunesmith.records.store import KEYS_S, Line, Record, RecordStore
 
 
 class Clock:
@@ -118,6 +118,23 @@ def test_a_refused_order_leaves_no_key_behind(store: RecordStore) -> None:
         store.insert(make_job(), respond=fail, idempotency_key="k", body_hash="a")
     assert store.page() == []
     assert not store.insert(make_job(), respond=answer, idempotency_key="k", body_hash="b").replayed
+
+
+def test_keys_are_forgotten_by_age_and_by_number(
+    store: RecordStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.records.store.KEYS", 3)
+
+    def is_known(key: str) -> bool:
+        return store.first_answer("operator", idempotency_key=key, body_hash="a") is not None
+
+    for number in range(5):
+        clock.seconds += 1
+        store.insert(make_job(), respond=answer, idempotency_key=f"k{number}", body_hash="a")
+    assert [is_known(f"k{number}") for number in range(5)] == [False, False, True, True, True]
+    clock.seconds += KEYS_S - 1
+    store.insert(make_job(), respond=answer, idempotency_key="new", body_hash="a")
+    assert [is_known(key) for key in ("k2", "k3", "k4", "new")] == [False, False, True, True]
 
 
 def test_many_orders_at_once_share_neither_key_nor_version(store: RecordStore) -> None:

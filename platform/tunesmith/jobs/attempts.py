@@ -6,19 +6,38 @@ gone (the reconciler) fences the attempt: it takes the claim, or the result, bef
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 
 from tunesmith.clock import seconds, utc_text
 from tunesmith.errors import NotFoundError, TunesmithError
 from tunesmith.frozen import Frozen, Tolerant
-from tunesmith.jobs.states import REASONS
+from tunesmith.jobs.states import PHASES, REASONS
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 from tunesmith.storage.segments import SegmentWriter
+
+logger = logging.getLogger(__name__)
+
+
+def _one_of(words: tuple[str, ...]) -> Callable[[str], str]:
+    def check(word: str) -> str:
+        if word not in words:
+            raise ValueError(f"it must be one of {', '.join(words)}, got {word!r}")
+        return word
+
+    return check
+
+
+Phase = Annotated[str, AfterValidator(_one_of(PHASES))]
+"""One of states.PHASES, checked."""
+
+Reason = Annotated[str, AfterValidator(_one_of(REASONS))]
+"""One of states.REASONS, checked."""
 
 
 class Claim(Tolerant):
@@ -36,8 +55,8 @@ class Result(Tolerant):
 
     outcome: Literal["completed", "failed", "stopped", "lost"]
     """`lost` is written for a driver that is gone without a result of its own."""
-    reason: str | None = None
-    """One of states.REASONS; None for `completed`."""
+    reason: Reason | None = None
+    """None for `completed`."""
     message: str | None = None
     error: dict[str, Any] | None = None
     """`failed`: the error (TunesmithError.as_dict)."""
@@ -59,8 +78,8 @@ class EventLine(Tolerant):
 
     time: str
     state: str | None = None
-    phase: str | None = None
-    reason: str | None = None
+    """A driver may say `running`; how its attempt ended is said by its result alone."""
+    phase: Phase | None = None
     message: str | None = None
     data: dict[str, Any] = Field(default={})
 
@@ -101,10 +120,9 @@ class EventWriter:
         *,
         state: str | None = None,
         phase: str | None = None,
-        reason: str | None = None,
         **data: Any,
     ) -> None:
-        self.append(EventLine(time=utc_text(), state=state, phase=phase, reason=reason, message=message, data=data))
+        self.append(EventLine(time=utc_text(), state=state, phase=phase, message=message, data=data))
 
     def append(self, line: EventLine) -> None:
         """An event that happened at its own time, elsewhere."""
@@ -198,9 +216,13 @@ def read_stop(storage: Storage, job_id: str) -> StopWish | None:
 
 
 def metric_lines(data: bytes) -> Iterator[MetricLine]:
-    """The metrics in one segment."""
-    for line in data.splitlines():
-        yield MetricLine.model_validate_json(line)
+    """The metrics in one segment; a line that is none is left out and logged."""
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            yield MetricLine.model_validate_json(line)
+        except ValidationError as error:
+            what = error.errors(include_url=False, include_input=False)[0]["msg"]
+            logger.warning("line %d of a segment of metrics cannot be read and is left out: %s", number, what)
 
 
 def checkpoints(storage: Storage, job_id: str) -> list[Checkpoint]:

@@ -22,6 +22,12 @@ from tunesmith.errors import ConflictError, LeaseLostError, NotFoundError, SpecE
 from tunesmith.jobs.spec import Output, RegisterJob, TrainJob, parse_job
 from tunesmith.jobs.states import FINAL, MOVES, Change, Status, apply
 
+KEYS_S = 30 * 86400.0
+"""How long an idempotency key is kept, seconds."""
+
+KEYS = 100_000
+"""How many idempotency keys are kept; beyond that the oldest go."""
+
 MIGRATIONS = Path(__file__).with_name("migrations")
 
 _METADATA = sa.MetaData()
@@ -162,6 +168,8 @@ class RecordStore:
     ) -> Insertion:
         """Promise a job: record (`pending`), first event, reserved output version and key, in one transaction.
 
+        A key is known for KEYS_S seconds, and at most KEYS of them.
+
         The job's output version is raised to the lowest that neither storage (the given one) nor a record holds. The
         same account, key and body: the first answer, replayed. Another body: ConflictError (idempotency_key_reused).
         """
@@ -179,6 +187,7 @@ class RecordStore:
             record = self._add(connection, job)
             response = respond(record)
             if idempotency_key is not None:
+                self._forget_keys(connection)
                 connection.execute(
                     _KEYS.insert().values(
                         account=job.account,
@@ -389,6 +398,12 @@ class RecordStore:
                 code="idempotency_key_reused",
             )
         return Insertion(self._find(connection, row.job_id), json.loads(row.response), replayed=True)
+
+    def _forget_keys(self, connection: sa.Connection) -> None:
+        """Make room for a key."""
+        newest = sa.select(_KEYS.c.created_at).order_by(_KEYS.c.created_at.desc()).limit(1).offset(KEYS - 1)
+        oldest = max(connection.scalar(newest) or "", utc_text(self._clock() - KEYS_S))
+        connection.execute(_KEYS.delete().where(_KEYS.c.created_at <= oldest))
 
     def _add(self, connection: sa.Connection, job: TrainJob | RegisterJob) -> Record:
         record = Record(

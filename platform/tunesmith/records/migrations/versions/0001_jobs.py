@@ -62,6 +62,7 @@ def upgrade() -> None:
         sa.Column("response", sa.Text, nullable=False),
         sa.Column("created_at", sa.String(24), nullable=False),
     )
+    op.create_index("idempotency_by_creation", "idempotency", ["created_at"])
     op.create_table(
         "leases",
         sa.Column("name", sa.String(64), primary_key=True),
