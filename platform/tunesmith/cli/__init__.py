@@ -14,5 +14,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="tunesmith")
     except TunesmithError as error:
-        print_error(error)
-        raise SystemExit(exit_code(error)) from None
+        _end(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "tunesmith"):
+            raise
+        hint = "pip install 'tunesmith[cluster]' installs what a platform needs"
+        _end(TunesmithError(f"this command needs the package {package}, which is not installed", hint=hint))
+
+
+def _end(error: TunesmithError) -> None:
+    print_error(error)
+    raise SystemExit(exit_code(error)) from None
