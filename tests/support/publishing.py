@@ -9,6 +9,7 @@ from typing import Literal
 
 from tests.support.ray_fixture import Running
 from trainers.attempt.context import Attempt
+from trainers.attempt.stop_watch import StopWatch
 from trainers.registration.registration import run_registration
 from tunesmith.clock import utc_text
 from tunesmith.jobs.attempts import EventWriter
@@ -35,6 +36,7 @@ def publish_in(
     assert isinstance(job, RegisterJob)
     # Its events go elsewhere: the reconciler looks at every job that its storage has a folder of.
     with tempfile.TemporaryDirectory() as scratch, EventWriter(FolderStorage(Path(scratch)), job.id, 1) as events:
-        result = run_registration(Attempt(job, 1, storage, settings, events), job)
+        stop = StopWatch(storage, job.id, 1, deadline=None)
+        result = run_registration(Attempt(job, 1, storage, settings, events, stop), job)
     assert result.outcome == "completed", result
-    return job.output
+    return job.output_asset
