@@ -27,7 +27,8 @@ from benchmarks.s3_server import BUCKET, endpoint, free_ports, s3_keys, s3_proce
 from trainers.recipe.training_loop import Hooks, train
 from trainers.text.shards import TokenizedRows
 from trainers.text_job.checkpoint_uploads import Uploads
-from tunesmith.hyperparameters import ADVANCED, resolve
+from tunesmith.hyperparameters.checks import resolve
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 from tunesmith.settings import Settings
 from tunesmith.storage.base import Storage
 from tunesmith.storage.urls import open_storage
@@ -112,8 +113,8 @@ def _seconds(
             model,
             rows,
             None,
-            hyperparameters=resolve(given),
-            advanced=resolve({"precision": "fp32", "num_train_epochs": steps}, ADVANCED, section="advanced"),
+            hyperparameters=resolve(LoraHyperparameters, given),
+            advanced=Advanced(precision="fp32", num_train_epochs=steps),
             hooks=Hooks(report=report, save=save, should_stop=lambda: False),
             compiled=False,
         )

@@ -40,7 +40,8 @@ from benchmarks.results_file import figure, say, write_results
 from trainers.text.shards import TokenizedRows
 from trainers.text.tokenization import tokenize_rows
 from tunesmith.assets.tables import read_rows
-from tunesmith.hyperparameters import ADVANCED, resolve
+from tunesmith.hyperparameters.checks import resolve
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 
 CONTESTANTS: Mapping[str, Contestant] = {
     "ours": Contestant("ours", None, None, usual=True),
@@ -121,8 +122,8 @@ def tokenise(model: Path, arguments: argparse.Namespace) -> TokenizedRows:
         return tokenize_rows(
             islice(read_rows(arguments.rows), arguments.limit),
             tokenizer,
-            hyperparameters=resolve(given),
-            advanced=resolve({}, ADVANCED, section="advanced"),
+            hyperparameters=resolve(LoraHyperparameters, given),
+            advanced=Advanced(),
             training_type="text-question-answering",
             limit=limit,
         )

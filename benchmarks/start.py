@@ -22,7 +22,8 @@ from trainers.text.tokenization import tokenize_rows
 from tunesmith import clock
 from tunesmith.api.client import Client, read_on
 from tunesmith.assets.tables import read_rows
-from tunesmith.hyperparameters import ADVANCED, resolve
+from tunesmith.hyperparameters.checks import resolve
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 from tunesmith.jobs.spec import TrainSpec
 from tunesmith.local import local_platform, ports
 from tunesmith.settings import Settings
@@ -118,17 +119,15 @@ def _first_rows(folder: Path, arguments: argparse.Namespace) -> list[int]:
     """Numbers of the rows that a job takes in its first step."""
     from transformers import AutoTokenizer
 
-    advanced = resolve({}, ADVANCED, section="advanced")
+    advanced = Advanced()
     rows = tokenize_rows(
         read_rows(arguments.rows),
         AutoTokenizer.from_pretrained(folder),
-        hyperparameters=resolve(_hyperparameters(arguments)),
+        hyperparameters=resolve(LoraHyperparameters, _hyperparameters(arguments)),
         advanced=advanced,
         training_type="text-question-answering",
     )
-    return BatchPlan(rows.lengths, batch_rows=BATCH_ROWS, passes=1, world_size=1, seed=int(str(advanced["seed"]))).rows(
-        1
-    )
+    return BatchPlan(rows.lengths, batch_rows=BATCH_ROWS, passes=1, world_size=1, seed=advanced.seed).rows(1)
 
 
 def _bare(folder: Path, first_rows: list[int], arguments: argparse.Namespace) -> tuple[float, float]:

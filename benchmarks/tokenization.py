@@ -106,7 +106,8 @@ def _run(name: str, folder: Path, number: int, arguments: argparse.Namespace) ->
 
 def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
     from trainers.text.tokenization import DataFile, tokenized
-    from tunesmith.hyperparameters import ADVANCED, resolve
+    from tunesmith.hyperparameters.checks import resolve
+    from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
     from tunesmith.settings import Settings
     from tunesmith.storage.folder import FolderStorage
 
@@ -118,8 +119,8 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = tokenized(
         [file],
         tokenizer,
-        hyperparameters=resolve({**given, "max_seq_length": MAX_LENGTH}),
-        advanced=resolve({}, ADVANCED, section="advanced"),
+        hyperparameters=resolve(LoraHyperparameters, {**given, "max_seq_length": MAX_LENGTH}),
+        advanced=Advanced(),
         training_type="text-question-answering",
         storage=FolderStorage(arguments.folder),
         settings=Settings.from_env({"TUNESMITH_HOME": str(arguments.folder)}),

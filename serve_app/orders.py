@@ -13,7 +13,7 @@ from serve_app.views import job_view
 from tunesmith.clock import utc_text
 from tunesmith.errors import SpecError
 from tunesmith.jobs.drafting import draft, new_job_id
-from tunesmith.jobs.spec import RegisterJob, RegisterSpec, TrainJob, TrainSpec
+from tunesmith.jobs.spec import Job, RegisterSpec, TrainSpec
 from tunesmith.records.store import Insertion
 
 
@@ -34,7 +34,7 @@ def place(door: Door, spec: TrainSpec | RegisterSpec, *, key: str | None) -> Ins
     )
 
 
-def plan(door: Door, spec: TrainSpec | RegisterSpec) -> TrainJob | RegisterJob:
+def plan(door: Door, spec: TrainSpec | RegisterSpec) -> Job:
     """The job that `spec` would become; SpecError or DataError says what is wrong with it."""
     _canonical(spec)  # what could not be stored is refused
     return _draft(door, spec)

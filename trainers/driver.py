@@ -14,7 +14,7 @@ from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, SpecError, StorageError, UnavailableError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, EventWriter, Result
-from tunesmith.jobs.spec import RegisterJob, TrainJob, parse_job
+from tunesmith.jobs.spec import CustomJob, RegisterJob, parse_job
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -67,7 +67,7 @@ def _run(attempt: Attempt) -> Result:
             from trainers.registration.registration import run_registration
 
             return run_registration(attempt, job)
-        if job.is_custom:
+        if isinstance(job, CustomJob):
             from trainers.programs.gang import run_custom
 
             return run_custom(attempt, job)

@@ -12,7 +12,8 @@ from benchmarks.peers.work import StepLines, Work, say_end
 from trainers.recipe.batches import BatchPlan
 from trainers.recipe.training_loop import Hooks, train
 from trainers.text.shards import TokenizedRows
-from tunesmith.hyperparameters import ADVANCED, resolve
+from tunesmith.hyperparameters.checks import resolve
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 from tunesmith.jobs.audit_report import AuditCounts
 
 
@@ -20,6 +21,7 @@ def main(path: str) -> None:
     work = Work.read(path)
     rows = TokenizedRows.open([Path(work.shard)], AuditCounts())
     hyperparameters = resolve(
+        LoraHyperparameters,
         {
             "lora_rank": work.lora_rank,
             "lora_alpha": work.lora_alpha,
@@ -31,7 +33,7 @@ def main(path: str) -> None:
             "save_steps": work.steps,
             "warmup_ratio": 0.0,
             "bits": work.bits,
-        }
+        },
     )
     own = {
         "lr_scheduler_type": "constant",
@@ -39,7 +41,7 @@ def main(path: str) -> None:
         "gradient_checkpointing": work.checkpointed,
         "seed": work.seed,
     }
-    advanced = resolve({**own, **work.advanced}, ADVANCED, section="advanced")
+    advanced = resolve(Advanced, {**own, **work.advanced})
     compiled = work.compiled and not work.checkpointed
     plan = BatchPlan(rows.lengths, batch_rows=work.batch_rows, passes=work.passes, world_size=1, seed=work.seed)
     lines = StepLines()
@@ -67,7 +69,7 @@ def main(path: str) -> None:
     parameters = list(ended.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     frozen_bytes = sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
-    config = {"compiled": compiled, "advanced": advanced, "versions": {"torch": torch.__version__}}
+    config = {"compiled": compiled, "advanced": advanced.model_dump(), "versions": {"torch": torch.__version__}}
     say_end(
         {**config, "trained_parameters": trained, "frozen_bytes": frozen_bytes, "threads": torch.get_num_threads()},
         device_bytes=torch.cuda.max_memory_allocated(),  # 0 without a GPU

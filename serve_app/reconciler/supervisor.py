@@ -191,7 +191,7 @@ class Supervisor:
 
     def _close_lost(self, record: Record, result: Result) -> None:
         attempt = record.status.attempt
-        retries = REGISTER_RETRIES if isinstance(record.job, RegisterJob) else int(record.job.advanced["max_retries"])
+        retries = REGISTER_RETRIES if isinstance(record.job, RegisterJob) else record.job.advanced.max_retries
         more = attempt <= retries
         what = f"attempt {attempt} was lost: {result.message}"
         if more:

@@ -24,7 +24,8 @@ from tunesmith.api.views import EventView
 from tunesmith.assets.catalog import publish
 from tunesmith.cli import main
 from tunesmith.cli.progress import Course, show_progress
-from tunesmith.hyperparameters import ADVANCED, GUIDE
+from tunesmith.hyperparameters.definitions import SECTIONS
+from tunesmith.hyperparameters.field import definitions
 from tunesmith.jobs.spec import TrainSpec, parse_job
 from tunesmith.jobs.states import Change
 
@@ -360,7 +361,7 @@ def test_render_writes_a_job_that_needs_no_door(
     rendered = done.json
     job = parse_job(Path(rendered["url"]).read_bytes())
     assert job.kind == "train"
-    assert (job.id, job.hyperparameters["lora_rank"], job.model) == (rendered["id"], 4, "tiny@1")
+    assert (job.id, job.hyperparameters.lora_rank, job.model) == (rendered["id"], 4, "tiny@1")
     assert rendered["url"] == f"{live_door.storage.url}/jobs/{job.id}/job.json"
     assert rendered["command"].endswith(f"-- {sys.executable} -m trainers {rendered['url']}")
     assert "ray job submit --address http://127.0.0.1:8265" in rendered["command"]
@@ -380,10 +381,11 @@ def test_render_refuses_what_the_door_would_refuse(run: Run, order: Path, live_d
 def test_hyperparameters_are_all_listed(run: Run) -> None:
     shown = run("hyperparameters").out
     listed = run("hyperparameters", "--json").json
-    for h in (*GUIDE, *ADVANCED):
+    known = [h for section in SECTIONS for h in definitions(section)]
+    for h in known:
         assert h.name in shown
         assert h.help in shown
-    assert [row["name"] for row in listed] == [h.name for h in (*GUIDE, *ADVANCED)]
+    assert [row["name"] for row in listed] == [h.name for h in known]
     assert [row["section"] for row in run("hyperparameters", "seed", "--json").json] == ["advanced"]
     assert "LoRA 低秩矩阵的秩" in run("hyperparameters", "lora_rank", "--zh").out
 

@@ -147,11 +147,12 @@ def train_adapter(smollm2: Path, rows: Sequence[Row], folder: Path, *, seed: int
 
     from trainers.recipe.training_loop import Hooks, train
     from trainers.text.tokenization import tokenize_rows
-    from tunesmith.hyperparameters import ADVANCED, GUIDE, resolve
+    from tunesmith.hyperparameters.checks import resolve
+    from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 
     torch.set_num_threads(2)
-    hyperparameters = resolve(json.loads(ORDER.read_text())["hyperparameters"], GUIDE)
-    advanced = resolve({"seed": seed}, ADVANCED, section="advanced")
+    hyperparameters = resolve(LoraHyperparameters, json.loads(ORDER.read_text())["hyperparameters"])
+    advanced = Advanced(seed=seed)
     tokens = tokenize_rows(
         rows,
         AutoTokenizer.from_pretrained(smollm2),

@@ -12,7 +12,7 @@ from tunesmith.errors import SpecError
 from tunesmith.jobs import adapters, attempts
 from tunesmith.jobs.attempts import Result
 from tunesmith.jobs.drafting import draft
-from tunesmith.jobs.spec import TrainJob, TrainSpec
+from tunesmith.jobs.spec import TextJob, TrainSpec
 from tunesmith.storage import layout
 from tunesmith.storage.folder import FolderStorage
 
@@ -30,7 +30,7 @@ def storage(tmp_path: Path) -> FolderStorage:
     return storage
 
 
-def order(storage: FolderStorage, finetuned_model: Any, *, model: str = "tiny@1", **given: Any) -> TrainJob:
+def order(storage: FolderStorage, finetuned_model: Any, *, model: str = "tiny@1", **given: Any) -> TextJob:
     spec = TrainSpec(
         model=model,
         dataset="sums",
@@ -40,14 +40,14 @@ def order(storage: FolderStorage, finetuned_model: Any, *, model: str = "tiny@1"
     )
     settings = stage.make_settings(storage.root.parent)
     made = draft(spec, storage=storage, settings=settings, account="a", job_id="job-1", created_at="t")
-    assert isinstance(made, TrainJob)
+    assert isinstance(made, TextJob)
     return made
 
 
 @pytest.mark.parametrize("given", ["tuned", "tuned@1", "{root}/models/tuned/1", "{root}/models/tuned/1/files/adapter"])
 def test_rank_and_scale_are_the_adapters(storage: FolderStorage, given: str) -> None:
     made = order(storage, given.format(root=storage.url)).hyperparameters
-    assert (made["finetuned_model"], made["lora_rank"], made["lora_alpha"]) == ("tuned@1", 4, 32)
+    assert (made.finetuned_model, made.lora_rank, made.lora_alpha) == ("tuned@1", 4, 32)
     assert order(storage, "tuned", lora_rank=4).hyperparameters == made
 
 
@@ -101,7 +101,7 @@ def leave_checkpoints(storage: FolderStorage, *, ended: bool = True) -> None:
 def test_a_stopped_jobs_checkpoint_is_gone_on_from(storage: FolderStorage, given: str, key: str, rank: int) -> None:
     leave_checkpoints(storage)
     made = order(storage, given.format(root=storage.url)).hyperparameters
-    assert (made["finetuned_model"], made["lora_rank"], made["lora_alpha"]) == (key, rank, 32)
+    assert (made.finetuned_model, made.lora_rank, made.lora_alpha) == (key, rank, 32)
     assert adapters.key(key) == f"{key}/adapter"
     # A clone of that order means the same.
     assert order(storage, key).hyperparameters == made

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from tunesmith.assets.catalog import Manifest, describe_files
 from tunesmith.assets.tables import describe
 from tunesmith.clock import utc_text
 from tunesmith.errors import SpecError, WorkerLostError
-from tunesmith.hyperparameters import ADVANCED, GUIDE, Value, resolve
+from tunesmith.hyperparameters.checks import resolve
+from tunesmith.hyperparameters.definitions import SECTIONS, Advanced, LoraHyperparameters
+from tunesmith.hyperparameters.field import Value, definitions
 from tunesmith.jobs import attempts
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import TextJob
 from tunesmith.settings import Settings
 from tunesmith.storage.folder import FolderStorage
 
@@ -52,7 +55,7 @@ BASE: dict[str, Value] = {
 }
 """The run that all others are compared with: 16 rows in 4 steps of 4, at a constant rate."""
 BASE_ADVANCED: dict[str, Value] = {"lr_scheduler_type": "constant"}
-_ADVANCED_NAMES = {h.name for h in ADVANCED}
+_ADVANCED_NAMES = {*Advanced.model_fields}
 
 
 def table(count: int, mark: str = "") -> list[dict[str, Any]]:
@@ -83,19 +86,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def make_job(place: Path, **given: Value) -> TrainJob:
+def make_job(place: Path, **given: Value) -> TextJob:
     """A job of the base run's parameters with `given` over them, of either section."""
     parameters = {**BASE, **{name: value for name, value in given.items() if name not in _ADVANCED_NAMES}}
     more = {**BASE_ADVANCED, **{name: value for name, value in given.items() if name in _ADVANCED_NAMES}}
-    return TrainJob(
+    return TextJob(
         id="job-1",
         account="operator",
         name="tuned",
         model="tiny@1",
         dataset="data@1",
         training_type="text-question-answering",
-        hyperparameters=resolve(parameters),
-        advanced=resolve(more, ADVANCED, section="advanced"),
+        hyperparameters=resolve(LoraHyperparameters, parameters),
+        advanced=resolve(Advanced, more),
         flavor="cpu-small",
         cards=1,
         resources={"CPU": 1},
@@ -153,7 +156,7 @@ def trained_tokens(rows: TokenizedRows) -> list[int]:
 class Run:
     """What a run did, as far as it is seen from outside."""
 
-    job: TrainJob
+    job: TextJob
     rows: TokenizedRows
     eval_rows: TokenizedRows | None
     losses: dict[int, float] = field(default_factory=dict)
@@ -254,7 +257,7 @@ def test_data_url_train_url_are_refused_where_they_cannot_run(
         make_job(place, **{name: value})
     assert caught.value.code == "not_supported"
     assert caught.value.message == f"{name} can only be {allowed} in this version, got {value!r}"
-    assert getattr(make_job(place), _section(name))[name] == (None if allowed == "absent" else "auto")
+    assert getattr(getattr(make_job(place), _section(name)), name) == (None if allowed == "absent" else "auto")
 
 
 # What the run begins with
@@ -421,7 +424,7 @@ def test_save_total_limit_is_how_many_checkpoints_stay(place: Path, tmp_path: Pa
     storage, job = FolderStorage(tmp_path), make_job(place, save_total_limit=keep)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "state.json").write_text("{}")
-    limit = int(job.advanced["save_total_limit"])
+    limit = job.advanced.save_total_limit
     for step in (1, 2, 3, 4):
         upload_checkpoint(storage, tmp_path / "checkpoint", job_id=job.id, attempt=1, step=step, keep=limit)
     assert [found.step for found in attempts.checkpoints(storage, job.id)] == [1, 2, 3, 4][-keep:]
@@ -475,7 +478,7 @@ def test_lora_alpha_is_the_scale_of_the_first_update(place: Path) -> None:
     # Adam divides that out of B, so that the weights' change, alpha / rank · B·A, is three times as large.
     changes = []
     for made in (one, two):
-        scale = made.job.hyperparameters["lora_alpha"] / made.job.hyperparameters["lora_rank"]
+        scale = made.job.hyperparameters.lora_alpha / made.job.hyperparameters.lora_rank
         adapter = made.adapters[1]
         a, b = matrices(adapter, "A"), matrices(adapter, "B")
         changes.append({name: scale * b[name] @ a[name] for name in a})
@@ -704,7 +707,7 @@ def test_the_same_value_gives_the_same_run_and_another_value_another(place: Path
     needed = NEEDED.get(name, {})
     base = run(place, **needed) if needed else base_run(place)
     one, two = (run(place, **{**needed, name: OTHERS[name]}) for _ in range(2))
-    assert getattr(base.job, _section(name))[name] != OTHERS[name]
+    assert getattr(getattr(base.job, _section(name)), name) != OTHERS[name]
     assert one.seen() == two.seen()
     changed = [part for part, value in one.seen().items() if value != base.seen()[part]]
     if name in ("gradient_checkpointing", "packing"):
@@ -719,6 +722,6 @@ def _section(name: str) -> str:
 
 def test_every_hyperparameter_has_a_test_of_its_effect() -> None:
     tests = "".join(f"_{name.removeprefix('test_')}_" for name in globals() if name.startswith("test_"))
-    for h in (*GUIDE, *ADVANCED):
+    for h in chain.from_iterable(map(definitions, SECTIONS)):
         assert f"_{h.name}_" in tests
         assert h.name in (*OTHERS, "finetuned_model") or h.supported == (None,)  # that one needs a platform

@@ -91,7 +91,7 @@ def test_the_largest_pass_that_fits_is_found_by_trying() -> None:
     ],
 )
 def test_what_fits_is_said_in_hyperparameters(rows: int, fits: int, hint: str) -> None:
-    given = {"per_device_train_batch_size": rows, "max_seq_length": 1024}
+    given = tiny.hyperparameters(per_device_train_batch_size=rows, max_seq_length=1024)
     error = does_not_fit(rows * 1024, fits, given, "cuda:0")
     assert error.hint is not None
     assert error.hint.startswith(hint)

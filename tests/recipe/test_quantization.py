@@ -23,7 +23,7 @@ from trainers.text.shards import TokenizedRows
 from trainers.text.tokenization import tokenize_rows
 from trainers.text_job import products
 from tunesmith.errors import ModelError, SpecError
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import TextJob
 
 BITS = (4, 8)
 NEAR = {4: 0.15, 8: 0.01}
@@ -90,7 +90,7 @@ def tuned(model_folder: Path, bits: int | None) -> Any:
     return tiny.at_work(model)
 
 
-def make_job(bits: int | None, **advanced: Any) -> TrainJob:
+def make_job(bits: int | None, **advanced: Any) -> TextJob:
     return tiny.train_job(tiny.hyperparameters(bits=bits), tiny.advanced(**advanced))
 
 
@@ -107,7 +107,7 @@ def quantized(model: Any) -> dict[str, QuantizedLinear]:
 # The base
 
 
-def write(model: Any, base: Path, folder: Path, job: TrainJob) -> None:
+def write(model: Any, base: Path, folder: Path, job: TextJob) -> None:
     products.write_products(model, trained_parameters(model), base, folder, job, "/s")
 
 
@@ -321,11 +321,11 @@ def test_a_flavor_that_cannot_quantize_is_refused_at_the_order(tmp_path: Path) -
         given = {"hyperparameters": {"bits": bits}}
         for flavor in ("cpu-small", "gpu-1"):
             job = stage.draft(**given, flavor=flavor)
-            assert isinstance(job, TrainJob)
-            assert job.hyperparameters["bits"] == bits
+            assert isinstance(job, TextJob)
+            assert job.hyperparameters.bits == bits
         with pytest.raises(SpecError) as caught:
             stage.draft(**given, flavor="npu-1")
         assert caught.value.message.startswith(f"bits={bits} cannot run on flavor 'npu-1'")
         assert caught.value.fields == ["hyperparameters.bits", "flavor"]
         assert "cpu-small" in str(caught.value.hint)
-    assert stage.draft(flavor="npu-1").hyperparameters["bits"] is None  # type: ignore[union-attr]
+    assert stage.draft(flavor="npu-1").hyperparameters.bits is None  # type: ignore[union-attr]

@@ -252,10 +252,10 @@ def test_max_steps_ends_a_run_early_and_the_datas_end_ends_it_first(model_folder
 
 
 def test_the_learning_rate_rises_over_the_warmup_and_falls_to_the_end() -> None:
-    linear = [schedule(done, 10, 0.2, {"lr_scheduler_type": "linear"}) for done in range(11)]
+    linear = [schedule(done, 10, warmup_ratio=0.2, kind="linear") for done in range(11)]
     assert linear == pytest.approx([0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0])
-    assert [schedule(done, 4, 0.0, {"lr_scheduler_type": "constant"}) for done in range(4)] == [1, 1, 1, 1]
-    assert schedule(5, 10, 0.0, {"lr_scheduler_type": "cosine"}) == pytest.approx(0.5)
+    assert [schedule(done, 4, warmup_ratio=0.0, kind="constant") for done in range(4)] == [1, 1, 1, 1]
+    assert schedule(5, 10, warmup_ratio=0.0, kind="cosine") == pytest.approx(0.5)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_step(model_folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from serve_app.reconciler.adoption import PAUSE_S as ADOPTION_S
 from tests.support.stage import Stage, line
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import parse_job
 from tunesmith.jobs.states import replay
 from tunesmith.storage import layout
 
@@ -29,7 +29,7 @@ def test_a_job_goes_from_its_order_to_ray_in_one_round(stage: Stage) -> None:
             "account": "operator",
         }
     }
-    assert TrainJob.model_validate_json(stage.storage.get(layout.job_json(record.id))) == record.job
+    assert parse_job(stage.storage.get(layout.job_json(record.id))) == record.job
 
 
 def test_a_job_belongs_to_the_account_of_its_record_whatever_its_file_says(stage: Stage) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.hyperparameters import ADVANCED, resolve
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.hyperparameters.checks import resolve
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
+from tunesmith.jobs.spec import TextJob
 
 if TYPE_CHECKING:
     from trainers.text.shards import TokenizedRows
@@ -88,13 +89,13 @@ def make_model(
     return folder
 
 
-def hyperparameters(**given: Any) -> dict[str, Any]:
+def hyperparameters(**given: Any) -> LoraHyperparameters:
     """Hyperparameters of a short run, with `given` over them."""
-    return resolve({"learning_rate": 1e-2, "lora_rank": 4, "max_seq_length": 64, **given})
+    return resolve(LoraHyperparameters, {"learning_rate": 1e-2, "lora_rank": 4, "max_seq_length": 64, **given})
 
 
-def advanced(**given: Any) -> dict[str, Any]:
-    return resolve(given, ADVANCED, section="advanced")
+def advanced(**given: Any) -> Advanced:
+    return resolve(Advanced, given)
 
 
 def sums(count: int) -> list[dict[str, str]]:
@@ -130,9 +131,9 @@ def at_work(model: Any) -> Any:
     return model
 
 
-def train_job(h: dict[str, Any], more: dict[str, Any]) -> TrainJob:
+def train_job(h: LoraHyperparameters, more: Advanced) -> TextJob:
     """A job over the tiny model, of these hyperparameters and advanced ones."""
-    return TrainJob(
+    return TextJob(
         id="job-1",
         account="operator",
         name="tuned",

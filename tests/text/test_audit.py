@@ -13,8 +13,9 @@ from tunesmith.errors import DataError
 from tunesmith.jobs.audit_report import AuditReport
 from tunesmith.text import chat_templates
 from tunesmith.text import encoder as encoder_module
+from tunesmith.text.columns import find_format
 from tunesmith.text.control_tokens import ControlTokens
-from tunesmith.text.formats import Example, detect, turns
+from tunesmith.text.formats import Example, turns
 
 ROWS = [{"prompt": f"say {n}", "response": f"it is {n}"} for n in range(50)]
 LONG = [{"prompt": "0123456789" * 10, "response": "the answer"}] * 4
@@ -32,8 +33,8 @@ def report_of(
     h = tiny.hyperparameters(**{"max_seq_length": 256, **given})
     advanced = tiny.advanced(train_on_history=history)
     rows = tokenize_rows(data, tokenizer, hyperparameters=h, advanced=advanced, training_type=training_type)
-    form = detect(list(data[0]), h, training_type)
-    found = [turns(row, form, h, number) for number, row in enumerate(data)]
+    row_format = find_format(list(data[0]), h, training_type=training_type)
+    found = [turns(row, row_format, h, number) for number, row in enumerate(data)]
     examples = [example for example in found if isinstance(example, Example)]
     return audit(rows, examples, tokenizer, hyperparameters=h, advanced=advanced)
 

@@ -9,7 +9,7 @@ from trainers.recipe.batches import BatchPlan
 from trainers.text.shards import TokenizedRows
 from trainers.text.tokenization import tokenize_rows
 from tunesmith.errors import DataError
-from tunesmith.text.encoder import Encoder, cut, encode, prompt_ids, prompt_text
+from tunesmith.text.encoder import Encoder, cut
 from tunesmith.text.formats import Example, Turn
 
 TOKENIZER = tiny.make_tokenizer()
@@ -95,10 +95,10 @@ def test_an_answer_that_is_too_long_alone_loses_its_end() -> None:
 
 def test_the_prompt_for_generation_is_what_stood_before_the_response() -> None:
     example = Example([Turn("user", "hi"), Turn("assistant", "ho")])
-    assert prompt_text(example, TOKENIZER, tiny.hyperparameters()) == "<|user|>hi<|end|>\n<|assistant|>"
     row = tokens([{"prompt": "hi", "response": "ho"}])
-    prompt = prompt_ids(example, TOKENIZER, tiny.hyperparameters()).tolist()
+    prompt = Encoder(TOKENIZER, tiny.hyperparameters(), tiny.advanced()).prompt_ids(example).tolist()
     assert prompt == row.ids(0)[~row.trained(0)].tolist()
+    assert TOKENIZER.decode(prompt) == "<|user|>hi<|end|>\n<|assistant|>"
 
 
 def test_a_template_that_rewrites_earlier_text_is_refused() -> None:
@@ -126,7 +126,7 @@ def test_a_row_that_is_refused_is_named() -> None:
 
 def test_what_befell_a_row_is_said() -> None:
     short, long, spelled = (
-        encode([Example([Turn("user", "a"), Turn("assistant", text)])], TOKENIZER, h, tiny.advanced())[0]
+        Encoder(TOKENIZER, h, tiny.advanced()).encode([Example([Turn("user", "a"), Turn("assistant", text)])])[0]
         for h in [tiny.hyperparameters(max_seq_length=32)]
         for text in ("b", "b" * 50, "<|end|>")
     )

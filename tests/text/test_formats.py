@@ -1,6 +1,6 @@
-"""Every known form of row becomes the same turns, and what is not of its form is named with its place."""
+"""Every known format of row becomes the same turns, and what is not as its format says is named with its place."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -8,24 +8,24 @@ from tests.support import tiny
 from tests.support.stage import Stage
 from tunesmith.assets.catalog import Table, publish
 from tunesmith.errors import DataError
-from tunesmith.text.columns import ROW_FORMATS, find_format
-from tunesmith.text.formats import Example, Turn, detect, turns
+from tunesmith.text.columns import RowFormat, find_format
+from tunesmith.text.formats import Example, Turn, turns
 
-QA = "text-question-answering"
+QA, GENERATION = "text-question-answering", "text-generation"
 SAID = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")]
 SYSTEM = Turn("system", "s")
 
 
 def read(row: dict[str, Any], **given: Any) -> list[Turn] | None:
     h = tiny.hyperparameters(**given)
-    example = turns(row, detect([*row, *filter(None, [h["history_field"]])], h, QA), h, 1)
+    example = turns(row, find_format([*row, *filter(None, [h.history_field])], h, training_type=QA), h, 1)
     return None if example is None else example.turns
 
 
 def refusal(row: dict[str, Any], **given: Any) -> DataError:
     h = tiny.hyperparameters(**given)
     with pytest.raises(DataError) as caught:
-        turns(row, detect(list(row), h, QA), h, "a.jsonl: line 7")
+        turns(row, find_format(list(row), h, training_type=QA), h, "a.jsonl: line 7")
     assert caught.value.message.startswith("a.jsonl: line 7: ")
     return caught.value
 
@@ -39,7 +39,7 @@ def shared(*values: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("columns", "given", "form"),
+    ("columns", "given", "row_format"),
     [
         (["prompt", "response"], {}, "prompt_response"),
         (["q", "a", "messages"], {"prompt_field": "q", "response_field": "a"}, "prompt_response"),
@@ -52,17 +52,17 @@ def shared(*values: str) -> list[dict[str, str]]:
         (["context", "target"], {}, "context_target"),
     ],
 )
-def test_forms_are_told_apart_by_their_columns(columns: list[str], given: dict[str, Any], form: str) -> None:
+def test_formats_are_told_apart_by_their_columns(columns: list[str], given: dict[str, Any], row_format: str) -> None:
     h = tiny.hyperparameters(**given)
-    assert find_format(columns, h, training_type=QA) == form
-    assert detect(columns, h) == form
+    assert {find_format(columns, h, training_type=kind) for kind in (QA, GENERATION)} == {row_format}
 
 
 def test_a_prompt_alone_is_plain_text_in_text_generation_only() -> None:
-    assert detect(["prompt"], tiny.hyperparameters(), "text-generation") == "text"
-    assert detect(["text", "messages"], tiny.hyperparameters(prompt_field="text"), "text-generation") == "text"
+    by_hand = tiny.hyperparameters(prompt_field="text")
+    assert find_format(["prompt"], tiny.hyperparameters(), training_type=GENERATION) == "text"
+    assert find_format(["text", "messages"], by_hand, training_type=GENERATION) == "text"
     with pytest.raises(DataError) as caught:
-        detect(["prompt"], tiny.hyperparameters(), QA)
+        find_format(["prompt"], tiny.hyperparameters(), training_type=QA)
     assert (caught.value.code, caught.value.fields) == ("missing_column", ["hyperparameters.response_field"])
 
 
@@ -76,19 +76,19 @@ def test_a_prompt_alone_is_plain_text_in_text_generation_only() -> None:
         ({"response_field": "output"}, "prompt_field"),
     ],
 )
-@pytest.mark.parametrize("training_type", [QA, "text-generation"])
+@pytest.mark.parametrize("training_type", [QA, GENERATION])
 def test_a_column_named_by_hand_is_never_passed_over(given: dict[str, Any], field: str, training_type: str) -> None:
-    if given == {"prompt_field": "input"} and training_type == "text-generation":
+    if given == {"prompt_field": "input"} and training_type == GENERATION:
         return  # plain text
     with pytest.raises(DataError) as caught:
-        detect(["instruction", "input", "output"], tiny.hyperparameters(**given), training_type)
+        find_format(["instruction", "input", "output"], tiny.hyperparameters(**given), training_type=training_type)
     assert (caught.value.code, caught.value.fields) == ("missing_column", [f"hyperparameters.{field}"])
     assert "it has instruction, input, output" in caught.value.message
 
 
 def test_a_history_that_no_one_would_read_is_refused() -> None:
     with pytest.raises(DataError) as caught:
-        detect(["messages", "before"], tiny.hyperparameters(history_field="before"), QA)
+        find_format(["messages", "before"], tiny.hyperparameters(history_field="before"), training_type=QA)
     assert caught.value.code == "history_not_used"
 
 
@@ -117,7 +117,9 @@ def test_a_history_that_no_one_would_read_is_refused() -> None:
         ({"context": "c", "target": "d"}, {}, SAID[2:]),
     ],
 )
-def test_every_form_gives_the_turns_in_order(row: dict[str, Any], given: dict[str, Any], expected: list[Turn]) -> None:
+def test_every_format_gives_the_turns_in_order(
+    row: dict[str, Any], given: dict[str, Any], expected: list[Turn]
+) -> None:
     assert read(row, **given) == expected
 
 
@@ -170,7 +172,7 @@ def test_rows_without_prompt_or_response_are_skipped(row: dict[str, Any]) -> Non
         ({"context": ["a", 1, "c"], "target": "d"}, "text 2 of column 'context' must hold text, got int", "context"),
     ],
 )
-def test_what_is_not_of_its_form_is_named_with_row_and_column(
+def test_what_is_not_as_its_format_says_is_named_with_row_and_column(
     row: dict[str, Any], says: str, field: str | None
 ) -> None:
     error = refusal(row)
@@ -195,14 +197,14 @@ def test_the_order_is_checked_by_the_rule_that_the_run_reads_by(tmp_path: Any) -
         "context_target": {"context": "a", "target": "b"},
         "text": {"prompt": "a"},
     }
-    assert set(rows) == set(ROW_FORMATS)
-    for version, (form, row) in enumerate(rows.items(), start=2):
+    assert set(rows) == set(get_args(RowFormat))
+    for version, (row_format, row) in enumerate(rows.items(), start=2):
         table = Table(format="jsonl", columns=list(row), rows=1)
         publish(stage.storage, _dataset(version, {"train.jsonl": table}))
-        if form == "text":
+        if row_format == "text":
             with pytest.raises(DataError, match=r"train.jsonl of sums@7 has no column 'response'"):
                 stage.draft(dataset=f"sums@{version}")
-            stage.draft(dataset=f"sums@{version}", training_type="text-generation")
+            stage.draft(dataset=f"sums@{version}", training_type=GENERATION)
         else:
             stage.draft(dataset=f"sums@{version}")
             assert read(row) == [Turn("user", "a"), Turn("assistant", "b")]

@@ -71,7 +71,7 @@ def test_the_prompt_has_the_tokens_that_generation_gives_the_model(case: Case) -
         messages = [{"role": role, "content": text} for role, text in case.said[:-1]]
         for message in messages:
             if message["role"] == "user":
-                message["content"] = h["prefix"] + message["content"]
+                message["content"] = h.prefix + message["content"]
         stock = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert stock == prompt
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tunesmith.assets.tables import Row, read_rows
-from tunesmith.hyperparameters import ADVANCED, GUIDE, for_model, resolve
+from tunesmith.hyperparameters.checks import resolve
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters, for_model
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 HELD_OUT_ROWS = 24
@@ -30,8 +31,8 @@ def test_the_held_out_loss_falls(smollm2: Path, file: str, fields: dict[str, str
     if not (SHARED / file).exists():
         pytest.skip(f"{SHARED / file} is not here")
     given = {**fields, "max_seq_length": 256, "per_device_train_batch_size": 2, "max_steps": 25, "warmup_ratio": 0.1}
-    hyperparameters = resolve(given, for_model(GUIDE, {"parameters": 135e6}))
-    advanced = resolve({}, ADVANCED, section="advanced")
+    hyperparameters = resolve(LoraHyperparameters, given, known=for_model(LoraHyperparameters, {"parameters": 135e6}))
+    advanced = Advanced()
 
     def tokens(rows: list[Row]) -> object:
         return tokenize_rows(

@@ -22,12 +22,12 @@ from trainers.text import encoding_processes, shards, token_cache, tokenization
 from trainers.text.tokenization import DataFile, TokenizedRows, tokenize_rows
 from tunesmith.assets import tables
 from tunesmith.errors import DataError, WorkerLostError
-from tunesmith.hyperparameters import SECTIONS
+from tunesmith.hyperparameters.definitions import Advanced
 from tunesmith.settings import Settings
 from tunesmith.storage.base import Storage
 from tunesmith.storage.folder import FolderStorage
 from tunesmith.storage.urls import open_storage
-from tunesmith.text.encoder import encode
+from tunesmith.text.encoder import Encoder
 from tunesmith.text.formats import Example, Turn
 
 
@@ -66,7 +66,7 @@ def content(rows: TokenizedRows) -> list[tuple[list[int], list[bool]]]:
 
 def expected(rows: list[dict[str, Any]]) -> list[tuple[list[int], list[bool]]]:
     examples = [Example([Turn("user", row["prompt"]), Turn("assistant", row["response"])]) for row in rows]
-    made = encode(examples, TOKENIZER, tiny.hyperparameters(), tiny.advanced())
+    made = Encoder(TOKENIZER, tiny.hyperparameters(), tiny.advanced()).encode(examples)
     return [(row.ids.tolist(), row.trained.tolist()) for row in made]
 
 
@@ -114,7 +114,7 @@ def test_the_key_is_made_of_what_decides_the_tokens_and_of_nothing_else(tmp_path
     def key(
         files: list[DataFile] | None = None, tokenizer: Any = TOKENIZER, limit: int | None = None, **given: Any
     ) -> str:
-        advanced = {name: given.pop(name) for name in tiny.advanced() if name in given}
+        advanced = {name: given.pop(name) for name in Advanced.model_fields if name in given}
         config = encoding_processes.EncodingConfig(tokenizer, tiny.hyperparameters(**given), tiny.advanced(**advanced))
         return tokenization.cache_key(files or [file], config, training_type="text-question-answering", limit=limit)
 
@@ -211,11 +211,6 @@ def test_a_limit_takes_the_first_rows_that_are_kept(tmp_path: Path, storage: Sto
     made = build([file], storage, tmp_path, limit=count)
     assert content(made) == expected(rows[:count])
     assert made.report.read == min(count, 1200) + 1
-
-
-def test_what_leaves_the_tokens_as_they_are_is_named_as_it_is() -> None:
-    for section, known in SECTIONS.items():
-        assert set(tokenization._NO_MATTER[section].split()) <= {h.name for h in known}
 
 
 @pytest.mark.usefixtures("blocks")

@@ -22,7 +22,7 @@ from tunesmith.errors import DataError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import EventLine, EventWriter
 from tunesmith.jobs.drafting import draft
-from tunesmith.jobs.spec import TrainJob, TrainSpec
+from tunesmith.jobs.spec import TextJob, TrainSpec
 from tunesmith.jobs.stored_reports import read_audit
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
@@ -39,7 +39,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def attempt_on(
     rows: list[Any], settings: Settings, *, deadline: float | None = None, **hyperparameters: Any
-) -> tuple[Attempt, TrainJob]:
+) -> tuple[Attempt, TextJob]:
     """The first attempt of a job over `rows`, with the model and the rows published."""
     storage = FolderStorage(Path(settings.storage_url))
     files = {kind: storage.root / layout.asset_files(kind, "tiny", 1) for kind in ("model", "dataset")}
@@ -66,7 +66,7 @@ def attempt_on(
         model="tiny", dataset="tiny", flavor="cpu-small", output_model="tuned", hyperparameters=hyperparameters
     )
     job = draft(spec, storage=storage, settings=settings, account="operator", job_id="job-1", created_at=utc_text())
-    assert isinstance(job, TrainJob)
+    assert isinstance(job, TextJob)
     stop = StopWatch(storage, job.id, 1, deadline=deadline)
     return Attempt(job, 1, storage, settings, EventWriter(storage, job.id, 1), stop), job
 

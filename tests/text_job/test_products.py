@@ -16,7 +16,7 @@ from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, ModelError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Result
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import TextJob
 from tunesmith.storage import layout
 from tunesmith.storage.folder import FolderStorage
 
@@ -30,7 +30,7 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def make_job(**advanced: Any) -> TrainJob:
+def make_job(**advanced: Any) -> TextJob:
     return tiny.train_job(tiny.hyperparameters(), tiny.advanced(**advanced))
 
 

@@ -8,7 +8,7 @@ from trainers.attempt.stop_watch import StopWatch
 from tunesmith.assets.catalog import Manifest
 from tunesmith.errors import ConflictError
 from tunesmith.jobs.attempts import EventWriter, attempt_name
-from tunesmith.jobs.spec import RegisterJob, TrainJob
+from tunesmith.jobs.spec import Job
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -18,7 +18,7 @@ from tunesmith.storage.base import Storage
 class Attempt:
     """The attempt that this process drives."""
 
-    job: TrainJob | RegisterJob
+    job: Job
     number: int
     storage: Storage
     settings: Settings
@@ -30,7 +30,7 @@ class Attempt:
         return attempt_name(self.job.id, self.number)
 
 
-def published(storage: Storage, job: TrainJob | RegisterJob) -> Manifest | None:
+def published(storage: Storage, job: Job) -> Manifest | None:
     """The manifest of what the job makes, where this very job published it already.
 
     ConflictError where another job did: what this one makes would have no place.

@@ -16,7 +16,8 @@ def write_user_parameters(folder: Path, job: TrainJob, root: str) -> None:
         "data_url": layout.join(root, layout.asset("dataset", name, int(version))),
         "train_url": layout.join(root, layout.asset(*job.output)),
     }
-    parameters = {"method": job.method, **job.advanced, **job.hyperparameters}
+    given = job.model_dump(include={"hyperparameters", "advanced"})
+    parameters = {"method": job.method, **given["advanced"], **given["hyperparameters"]}
     parameters |= {key: url for key, url in places.items() if parameters.get(key) is None}
     file = folder / "training_logs" / "user_params.json"
     file.parent.mkdir(exist_ok=True)

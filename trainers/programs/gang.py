@@ -17,7 +17,7 @@ from tunesmith.assets import catalog, image_references
 from tunesmith.assets.catalog import Manifest
 from tunesmith.clock import utc_text
 from tunesmith.jobs.attempts import Result
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import CustomJob
 
 END_S = 30.0
 """What the other workers have to end, once one has failed, before Ray kills them."""
@@ -25,7 +25,7 @@ END_S = 30.0
 logger = logging.getLogger(__name__)
 
 
-def run_custom(attempt: Attempt, job: TrainJob) -> Result:
+def run_custom(attempt: Attempt, job: CustomJob) -> Result:
     """Run the model's own program on all workers, publish what it leaves, and say how it went."""
     import ray
     from ray.exceptions import RayError
@@ -62,7 +62,7 @@ def _wait_for(group: Any, stop: StopWatch) -> None:
 class _Gang:
     """All workers of an attempt, each on its bundle of the placement group."""
 
-    def __init__(self, attempt: Attempt, job: TrainJob, group: Any) -> None:
+    def __init__(self, attempt: Attempt, job: CustomJob, group: Any) -> None:
         self._attempt, self._job, self._group = attempt, job, group
         self._workers = self._make_workers()
 
@@ -191,7 +191,7 @@ class _Gang:
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
 
 
-def _resources(job: TrainJob) -> dict[str, Any]:
+def _resources(job: CustomJob) -> dict[str, Any]:
     """Of one worker, as Ray's options of a task."""
     others = {name: amount for name, amount in job.resources.items() if name not in ("CPU", "GPU")}
     return {"num_cpus": job.resources.get("CPU", 0), "num_gpus": job.resources.get("GPU", 0), "resources": others}

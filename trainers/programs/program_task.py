@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainers.programs.program import program_mark
 from tunesmith.jobs.attempts import attempt_name
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import CustomJob
 from tunesmith.settings import Settings
 
 
@@ -15,7 +15,7 @@ from tunesmith.settings import Settings
 class ProgramTask:
     """What one worker is to do."""
 
-    job: TrainJob
+    job: CustomJob
     attempt: int
     storage_url: str
     deadline: float | None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tunesmith.hyperparameters.definitions import Advanced
 
 PAYS_FROM_S = 600.0
 """Compiling takes half a minute and saves a tenth: training of this length wins by it."""
@@ -18,12 +20,12 @@ PAYS_FROM_S = 600.0
 logger = logging.getLogger(__name__)
 
 
-def why_not_compiled(model: Any, advanced: Mapping[str, Any], device: torch.device, tokens: int) -> str | None:
+def why_not_compiled(model: Any, advanced: Advanced, device: torch.device, tokens: int) -> str | None:
     """Why a run of so many tokens is better off without; None where it is better off compiled."""
     base = model.get_base_model()
     if not _layers(base):
         return "its layers are not known"
-    if advanced["gradient_checkpointing"]:
+    if advanced.gradient_checkpointing:
         return "it checkpoints activations"
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         return "there is no C++ compiler"

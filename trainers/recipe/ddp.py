@@ -13,6 +13,7 @@ from trainers.recipe.collate import Pass
 from trainers.recipe.device import Device
 from trainers.recipe.loss import attention_of, loss_sum
 from trainers.recipe.strategy import Snapshot, Worker, trained_parameters
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 
 
 class Flat:
@@ -23,12 +24,10 @@ class Flat:
 
     in_step = False
 
-    def __init__(
-        self, model: Any, h: Mapping[str, Any], advanced: Mapping[str, Any], worker: Worker, device: Device
-    ) -> None:
+    def __init__(self, model: Any, h: LoraHyperparameters, advanced: Advanced, worker: Worker, device: Device) -> None:
         self._model = model.to(device.torch_device)
         self._parameters = trained_parameters(model)
-        self._world_size, self._max_norm = worker.world_size, h["max_grad_norm"]
+        self._world_size, self._max_norm = worker.world_size, h.max_grad_norm
         size = sum(p.numel() for p in self._parameters.values())
         self.values = nn.Parameter(torch.cat([p.detach().flatten().float() for p in self._parameters.values()]))
         self._reduced = torch.zeros(size + 2, dtype=torch.float32, device=device.torch_device)
@@ -43,7 +42,7 @@ class Flat:
             parameter.data, parameter.grad = values, gradients
         fused = device.torch_device.type == "cuda" or None  # None: as torch does by itself
         self._optimizer = torch.optim.AdamW(
-            [self.values], h["learning_rate"], weight_decay=advanced["weight_decay"], fused=fused
+            [self.values], h.learning_rate, weight_decay=advanced.weight_decay, fused=fused
         )
 
     def backward(self, rows: Pass, weight: float, *, last: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from trainers.recipe.strategy import shares_base
+from tunesmith.hyperparameters.definitions import EncodingAdvanced, EncodingHyperparameters
 from tunesmith.jobs.evaluation_record import Answer, Evaluation
 from tunesmith.text.encoder import Encoder
 from tunesmith.text.formats import Example
@@ -50,8 +51,8 @@ class HeldOut:
         cls,
         examples: Sequence[Example],
         tokenizer: Any,
-        hyperparameters: Mapping[str, Any],
-        advanced: Mapping[str, Any],
+        hyperparameters: EncodingHyperparameters,
+        advanced: EncodingAdvanced,
     ) -> HeldOut:
         asking = [example for example in examples if len(example.turns) > 1]
         encoder = Encoder(tokenizer, hyperparameters, advanced)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +13,46 @@ from trainers.recipe.device import Device
 from trainers.recipe.kernels.matmul import add_widened, narrow_down, product, sum_and_narrow_down, sum_over_tokens
 from trainers.recipe.quantization import QuantizedLinear, load_quantized, unpacked
 from tunesmith.errors import ModelError
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 
 
-def load_model(folder: Path, h: Mapping[str, Any], advanced: Mapping[str, Any], device: Device) -> Any:
+def load_model(folder: Path, h: LoraHyperparameters, advanced: Advanced, device: Device) -> Any:
     """The frozen base with a fresh adapter, the same on every worker for the same seed: a peft model, on the CPU.
 
     ModelError where the target modules are not there, or the base cannot be quantized to `bits`.
     """
     from transformers import AutoModelForCausalLM
 
-    half = advanced["precision"] == "bf16" or (advanced["precision"] == "auto" and device.has_bf16)
+    half = advanced.precision == "bf16" or (advanced.precision == "auto" and device.has_bf16)
     dtype = torch.bfloat16 if half else torch.float32
-    if h["bits"] is not None:
-        base = load_quantized(folder, h["bits"], dtype, device)
+    if h.bits is not None:
+        base = load_quantized(folder, h.bits, dtype, device)
     else:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     return with_adapter(base, h, advanced)
 
 
-def with_adapter(base: Any, h: Mapping[str, Any], advanced: Mapping[str, Any]) -> Any:
+def with_adapter(base: Any, h: LoraHyperparameters, advanced: Advanced) -> Any:
     """The base, frozen, with a fresh adapter; as `load_model`."""
     from peft import LoraConfig, get_peft_model
 
-    targets = str(advanced["target_modules"])
+    targets = advanced.target_modules
     config = LoraConfig(
-        r=h["lora_rank"],
-        lora_alpha=h["lora_alpha"],
-        lora_dropout=h["lora_dropout"],
+        r=h.lora_rank,
+        lora_alpha=h.lora_alpha,
+        lora_dropout=h.lora_dropout,
         target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({nn.Linear: LoraLinear})
-    torch.manual_seed(int(advanced["seed"]))
+    torch.manual_seed(advanced.seed)
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
         raise ModelError(
             f"target_modules {targets!r} fit no module of the model: {error}", fields=["advanced.target_modules"]
         ) from error
-    if advanced["gradient_checkpointing"]:
+    if advanced.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     return model

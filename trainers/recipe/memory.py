@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tunesmith.errors import OutOfMemoryError
+from tunesmith.hyperparameters.definitions import LoraHyperparameters
 
 _STATUS = Path("/proc/self/status")
 SMALLEST_PASS = 8
@@ -57,12 +57,12 @@ def largest_pass(attempt: Callable[[int], None], tokens: int) -> int:
     return 0
 
 
-def does_not_fit(tokens: int, fits: int | None, hyperparameters: Mapping[str, Any], where: str) -> OutOfMemoryError:
+def does_not_fit(tokens: int, fits: int | None, hyperparameters: LoraHyperparameters, where: str) -> OutOfMemoryError:
     """The error of a run whose pass of `tokens` took more memory than `where` has.
 
     `fits`: tokens of a pass that were seen to fit; None where none was tried.
     """
-    rows, length = hyperparameters["per_device_train_batch_size"], hyperparameters["max_seq_length"]
+    rows, length = hyperparameters.per_device_train_batch_size, hyperparameters.max_seq_length
     message = f"memory ran out in a pass of {tokens} tokens on {where} (per_device_train_batch_size={rows}, "
     message += f"max_seq_length={length})"
     others = "gradient_checkpointing=true, or a larger flavor"

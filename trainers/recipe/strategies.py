@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from trainers.recipe.device import Device
 from trainers.recipe.strategy import Strategy, Worker
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 
 SHARE_OF_DEVICE = 0.5
 """Where the base takes a larger share of an accelerator's memory, `auto` has the workers share it."""
@@ -32,8 +32,8 @@ def choose(wished: str, model: Any, worker: Worker, device: Device, *, quantized
 def strategy(
     name: str,
     model: Any,
-    hyperparameters: Mapping[str, Any],
-    advanced: Mapping[str, Any],
+    hyperparameters: LoraHyperparameters,
+    advanced: Advanced,
     worker: Worker,
     device: Device,
 ) -> Strategy:

@@ -32,6 +32,7 @@ from trainers.recipe.strategy import SHARE_BASE, Strategy, Worker, shares_base
 from trainers.recipe.trace import traced
 from trainers.text.shards import TokenizedRows
 from tunesmith.errors import ModelError, OutOfMemoryError, TunesmithError
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 
 EVAL_BATCH_ROWS = 8
 PASS_TOKENS = {"cpu": 1536}
@@ -91,8 +92,8 @@ def train(
     rows: TokenizedRows,
     eval_rows: TokenizedRows | None,
     *,
-    hyperparameters: Mapping[str, Any],
-    advanced: Mapping[str, Any],
+    hyperparameters: LoraHyperparameters,
+    advanced: Advanced,
     hooks: Hooks,
     worker: Worker = Worker(),
     start_from: Path | None = None,
@@ -102,13 +103,13 @@ def train(
 ) -> Outcome:
     """Train an adapter for the model in `model_folder`.
 
-    `hyperparameters` and `advanced` are resolved (tunesmith.hyperparameters). The loss of a step is the mean over the
+    The loss of a step is the mean over the
     trained tokens of its global batch, so the split into rows, passes and workers does not matter. `start_from` is the
     folder of an adapter that the run begins with, `resume_from` a checkpoint's; steps, rows and dropout are functions
     of seed and step, so nothing else needs to be kept.
     The model's layers are `compiled` where that pays, unless it is said. `profile` is a file for a trace of some steps.
     """
-    h, seed = hyperparameters, int(advanced["seed"])
+    h, seed = hyperparameters, advanced.seed
     device = pick_device(worker.local_rank)
     model = load_model(model_folder, h, advanced, device)
     state: dict[str, Any] = {"step": 0}
@@ -118,25 +119,25 @@ def train(
         start_from = resume_from / "adapter"
     if start_from is not None:
         load_adapter(start_from, model)
-    strategy_name = choose(advanced["strategy"], model, worker, device, quantized=h["bits"] is not None)
+    strategy_name = choose(advanced.strategy, model, worker, device, quantized=h.bits is not None)
     logger.info("strategy %s, %d workers", strategy_name, worker.world_size)
 
     plan = BatchPlan(
         rows.lengths,
-        batch_rows=h["per_device_train_batch_size"],
-        passes=h["gradient_accumulation_steps"],
+        batch_rows=h.per_device_train_batch_size,
+        passes=h.gradient_accumulation_steps,
         world_size=worker.world_size,
         seed=seed,
     )
-    total_steps = plan.steps_per_epoch * int(advanced["num_train_epochs"])
-    if h["max_steps"] is not None:
-        total_steps = min(total_steps, h["max_steps"])
+    total_steps = plan.steps_per_epoch * advanced.num_train_epochs
+    if h.max_steps is not None:
+        total_steps = min(total_steps, h.max_steps)
 
     keep_freed_memory(device)
     model.eval()  # where dropout is at work, no two passes are alike
-    unpacked = "packing is off" if advanced["packing"] == "off" else why_not_packed(model, int(rows.lengths.max()))
+    unpacked = "packing is off" if advanced.packing == "off" else why_not_packed(model, int(rows.lengths.max()))
     model.train()
-    if unpacked and advanced["packing"] == "on":
+    if unpacked and advanced.packing == "on":
         raise ModelError(
             f"rows cannot be packed: {unpacked}", fields=["advanced.packing"], hint="packing=auto pads them"
         )
@@ -199,7 +200,9 @@ def train(
     step, saved_step, stopped = state["step"], state["step"], False
     since, tokens, samples = time.perf_counter(), 0, 0
     for step in traced(range(first_step, total_steps + 1), profile):
-        learning_rate = h["learning_rate"] * schedule(step - 1, total_steps, h["warmup_ratio"], advanced)
+        learning_rate = h.learning_rate * schedule(
+            step - 1, total_steps, warmup_ratio=h.warmup_ratio, kind=advanced.lr_scheduler_type
+        )
         batch = plan.rows(step)
         trained = sum(int(rows.trained(row)[1:].sum()) for row in batch)
         if unpacked:
@@ -212,7 +215,7 @@ def train(
         ran_out = False
         try:
             for number, share in enumerate(passes):
-                if h["lora_dropout"] > 0:
+                if h.lora_dropout > 0:
                     torch.manual_seed(hash((seed, step, worker.rank, number)) & 0x7FFFFFFF)
                 # Without rows of its own, a worker goes along with one that counts nothing.
                 given = make_pass(rows, share or batch[-1:], device.torch_device)
@@ -229,10 +232,10 @@ def train(
         tokens += int(rows.lengths[batch].sum())
         samples += len(batch)
         # Asking the device makes the host wait for it.
-        if step % min(h["logging_steps"], STOP_STEPS) == 0:
+        if step % min(h.logging_steps, STOP_STEPS) == 0:
             stopped = bool(shared.stop.item() > 0) and step < total_steps
         is_last = step == total_steps or stopped
-        is_reported, is_saved = step % h["logging_steps"] == 0, step % h["save_steps"] == 0
+        is_reported, is_saved = step % h.logging_steps == 0, step % h.save_steps == 0
         if (is_reported or is_saved or is_last) and (broken := shared.broken_step()):
             raise _not_finite(broken, plan.rows(broken), saved_step)
         if is_reported or is_last:
@@ -244,7 +247,7 @@ def train(
                     "learning_rate": learning_rate,
                     "grad_norm": float(grad_norm),
                     "tokens_per_s_per_card": tokens / elapsed_s / worker.world_size,
-                    "throughput": samples / elapsed_s * h["max_seq_length"] / worker.world_size,
+                    "throughput": samples / elapsed_s * h.max_seq_length / worker.world_size,
                 },
             )
             since, tokens, samples = time.perf_counter(), 0, 0
@@ -263,7 +266,7 @@ def train(
     return Outcome(step, total_steps, stopped, eval_before, eval_after, model, shared.snapshot().weights)
 
 
-def _does_not_fit(model: Any, given: Pass, h: Mapping[str, Any], *, may_try: bool) -> OutOfMemoryError:
+def _does_not_fit(model: Any, given: Pass, h: LoraHyperparameters, *, may_try: bool) -> OutOfMemoryError:
     """What is to be said of a pass that took too much memory; where it can be, smaller ones are tried.
 
     Not where workers make each pass together; nor on a CPU, where oneDNN makes nothing more after such a failure.
@@ -290,13 +293,12 @@ def _not_finite(step: int, rows: Sequence[int], saved_step: int) -> LossError:
     )
 
 
-def schedule(done: int, total: int, warmup_ratio: float, advanced: Mapping[str, Any]) -> float:
+def schedule(done: int, total: int, *, warmup_ratio: float, kind: str) -> float:
     """Share of the highest learning rate after `done` steps: up from 0 over the warmup, then down to 0."""
     warmup = math.ceil(warmup_ratio * total)
     if done < warmup:
         return done / warmup
     left = (total - done) / max(1, total - warmup)
-    kind = advanced["lr_scheduler_type"]
     return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left)))}[kind]
 
 

@@ -21,6 +21,7 @@ from trainers.recipe.device import Device
 from trainers.recipe.lora import LoraLinear
 from trainers.recipe.loss import Loss, attention_of, has_plain_head
 from trainers.recipe.strategy import SHARE_BASE, Snapshot, Worker, trained_parameters
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,8 +45,8 @@ class Zero:
         self,
         name: str,
         model: Any,
-        h: Mapping[str, Any],
-        advanced: Mapping[str, Any],
+        h: LoraHyperparameters,
+        advanced: Advanced,
         worker: Worker,
         device: Device,
     ) -> None:
@@ -54,7 +55,7 @@ class Zero:
         self._model, self._worker, self._device = model, worker, device
         config = engine_config(name)
         # In bf16 is the frozen base alone, which is DeepSpeed's to share at most.
-        config |= {"gradient_clipping": h["max_grad_norm"]}
+        config |= {"gradient_clipping": h.max_grad_norm}
         self._in_pieces = name in SHARE_BASE
         _join(worker, device)
         objective = Loss(model)
@@ -63,9 +64,7 @@ class Zero:
             for module, parameter in _read_from_outside(objective):
                 deepspeed.zero.register_external_parameter(module, parameter)
         self._parameters = trained_parameters(model)
-        optimizer = torch.optim.AdamW(
-            self._parameters.values(), h["learning_rate"], weight_decay=advanced["weight_decay"]
-        )
+        optimizer = torch.optim.AdamW(self._parameters.values(), h.learning_rate, weight_decay=advanced.weight_decay)
         self._engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
         self._sums = torch.zeros(2, device=device.torch_device)
         self.loss, self.stop = self._sums

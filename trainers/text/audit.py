@@ -7,7 +7,7 @@ gives, answers with the rows' text.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from trainers.text.shards import TokenizedRows
 from tunesmith.errors import DataError
+from tunesmith.hyperparameters.definitions import EncodingAdvanced, EncodingHyperparameters
 from tunesmith.jobs.audit_report import AuditCounts, AuditedRow, AuditReport, Finding
 from tunesmith.text.encoder import Encoder
 from tunesmith.text.formats import Example
@@ -35,8 +36,8 @@ def audit(
     examples: Iterable[Example],
     tokenizer: Any,
     *,
-    hyperparameters: Mapping[str, Any],
-    advanced: Mapping[str, Any],
+    hyperparameters: EncodingHyperparameters,
+    advanced: EncodingAdvanced,
     model: str = "",
     dataset: str = "",
     share: float = SHARE,
@@ -129,11 +130,11 @@ class _Check:
 
 
 class _Checker:
-    def __init__(self, tokenizer: Any, hyperparameters: Mapping[str, Any], advanced: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Any, hyperparameters: EncodingHyperparameters, advanced: EncodingAdvanced) -> None:
         self._tokenizer = tokenizer
         self._h = hyperparameters
-        self._with_history = bool(advanced["train_on_history"])
-        self._encoder = Encoder(tokenizer, hyperparameters, {**advanced, "train_on_history": False})
+        self._with_history = advanced.train_on_history
+        self._encoder = Encoder(tokenizer, hyperparameters, EncodingAdvanced(train_on_history=False))
         self._control = self._encoder.template.control
 
     def check(self, example: Example, ids: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_]) -> _Check:
@@ -143,7 +144,7 @@ class _Checker:
         gaps = np.flatnonzero(np.diff(places) > 1)
         start, last = int(places[gaps[-1] + 1 if len(gaps) else 0]), int(places[-1])
         answer = ids[start : last + 1].tolist()
-        cut = len(ids) >= int(self._h["max_seq_length"])
+        cut = len(ids) >= self._h.max_seq_length
         right = last == len(ids) - 1 and (self._with_history or not len(gaps))
         merged = False
         prompt: list[int] = []
@@ -172,7 +173,7 @@ class _Checker:
         if not self._encoder.template.chat or any(self._control.hide(text) != text for text in texts):
             return True
         messages = [
-            {"role": turn.role, "content": f"{self._h['prefix']}{turn.text}" if turn.role == "user" else turn.text}
+            {"role": turn.role, "content": f"{self._h.prefix}{turn.text}" if turn.role == "user" else turn.text}
             for turn in example.turns[:-1]
         ]
         stock = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from typing import Any
 from trainers.text.shards import Batch
 from tunesmith.assets.tables import Block, place
 from tunesmith.errors import DataError, TunesmithError, WorkerLostError
+from tunesmith.hyperparameters.definitions import EncodingAdvanced, EncodingHyperparameters
+from tunesmith.text.columns import RowFormat
 from tunesmith.text.encoder import Encoded, Encoder
 from tunesmith.text.formats import Example, turns
 
@@ -35,20 +37,20 @@ class EncodingConfig:
     """What rows are encoded by; it pickles."""
 
     tokenizer: Any
-    hyperparameters: Mapping[str, Any]
-    advanced: Mapping[str, Any]
+    hyperparameters: EncodingHyperparameters
+    advanced: EncodingAdvanced
 
     def encoder(self) -> Encoder:
         return Encoder(self.tokenizer, self.hyperparameters, self.advanced)
 
 
-EncodingTask = tuple[Block, str]
-"""A block, and the form of its rows."""
+EncodingTask = tuple[Block, RowFormat]
+"""A block, and the format of its rows."""
 
 
 def encode_block(task: EncodingTask, encoder: Encoder, config: EncodingConfig, limit: int | None = None) -> Batch:
     """The rows of a block, at most `limit` of them. DataError names the file and the line or row at fault."""
-    block, form = task
+    block, row_format = task
     encoded: list[Encoded] = []
     read = skipped = 0
     rows = block.rows()
@@ -60,7 +62,7 @@ def encode_block(task: EncodingTask, encoder: Encoder, config: EncodingConfig, l
                 break
             read += 1
             where = place(block.path, number)
-            example = turns(row, form, config.hyperparameters, where)
+            example = turns(row, row_format, config.hyperparameters, where)
             if example is None:
                 skipped += 1
                 continue

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -24,13 +24,15 @@ from trainers.text.token_cache import TokenCache
 from tunesmith.assets.catalog import hash_file
 from tunesmith.assets.tables import Block, Row, describe, place, read_blocks, read_rows
 from tunesmith.errors import DataError
+from tunesmith.hyperparameters.definitions import EncodingAdvanced, EncodingHyperparameters
 from tunesmith.jobs.audit_report import AuditCounts
 from tunesmith.settings import Settings
 from tunesmith.storage.base import Storage
-from tunesmith.text.formats import Example, detect, turns
+from tunesmith.text.columns import find_format
+from tunesmith.text.formats import Example, turns
 
 FORMAT = 1
-"""Raised when what is stored changes its form."""
+"""Of the shards; raised when what is stored changes."""
 PARALLEL_BYTES = 16 << 20
 """Files that are smaller in all are encoded in this process: others would take as long to start."""
 PROGRESS_S = 3.0
@@ -46,14 +48,6 @@ _CODE = (
     "trainers.text.encoding_processes",
 )
 """Modules that decide which tokens come out: another text of theirs, another key."""
-_NO_MATTER = {
-    "hyperparameters": "data_url train_url train_data_file test_data_file lora_alpha lora_dropout lora_rank "
-    "per_device_train_batch_size gradient_accumulation_steps max_steps save_steps logging_steps learning_rate "
-    "max_grad_norm warmup_ratio finetuned_model bits max_eval_samples",
-    "advanced": "num_train_epochs seed lr_scheduler_type weight_decay target_modules strategy precision "
-    "gradient_checkpointing packing save_total_limit max_retries merge_adapter",
-}
-"""What leaves the tokens as they are; everything else is part of the key."""
 
 Progress = Callable[[int, int | None], None]
 """Called every few seconds with the rows read and, where it is known, how many there are; may raise to give up."""
@@ -79,8 +73,8 @@ def tokenized(
     files: Sequence[DataFile],
     tokenizer: Any,
     *,
-    hyperparameters: Mapping[str, Any],
-    advanced: Mapping[str, Any],
+    hyperparameters: EncodingHyperparameters,
+    advanced: EncodingAdvanced,
     training_type: str,
     storage: Storage,
     settings: Settings,
@@ -110,7 +104,7 @@ def tokenized(
 
 
 def first_examples(
-    files: Sequence[DataFile], hyperparameters: Mapping[str, Any], training_type: str, limit: int
+    files: Sequence[DataFile], hyperparameters: EncodingHyperparameters, training_type: str, limit: int
 ) -> list[Example]:
     """The turns of the first rows kept: of rows 0, 1, 2, … of the tokenised files, at most `limit`."""
     return list(islice(_examples(files, hyperparameters, training_type), limit))
@@ -120,18 +114,19 @@ def tokenize_rows(
     rows: Iterable[Row],
     tokenizer: Any,
     *,
-    hyperparameters: Mapping[str, Any],
-    advanced: Mapping[str, Any],
+    hyperparameters: EncodingHyperparameters,
+    advanced: EncodingAdvanced,
     training_type: str,
     limit: int | None = None,
 ) -> TokenizedRows:
     """`rows` tokenised in memory, for a few. DataError as `tokenized`."""
     held = list(enumerate(rows, start=1))
     columns = dict.fromkeys(name for _, row in held for name in row)
-    if hyperparameters["history_field"] is not None:
-        columns[hyperparameters["history_field"]] = None  # rows without it have none
+    if hyperparameters.history_field is not None:
+        columns[hyperparameters.history_field] = None  # rows without it have none
     config = EncodingConfig(tokenizer, hyperparameters, advanced)
-    task = (Block(Path("rows.json"), parsed=held), detect(list(columns), hyperparameters, training_type))
+    row_format = find_format(list(columns), hyperparameters, training_type=training_type)
+    task = (Block(Path("rows.json"), parsed=held), row_format)
     return TokenizedRows.of(_checked(encode_here([task], config, limit)))
 
 
@@ -150,17 +145,13 @@ def cache_key(files: Sequence[DataFile], config: EncodingConfig, *, training_typ
             getattr(config.tokenizer, "split_special_tokens", None),
         ],
         "template": config.tokenizer.chat_template,
-        "hyperparameters": _that_matter("hyperparameters", config.hyperparameters),
-        "advanced": _that_matter("advanced", config.advanced),
+        "hyperparameters": config.hyperparameters.model_dump(include={*EncodingHyperparameters.model_fields}),
+        "advanced": config.advanced.model_dump(include={*EncodingAdvanced.model_fields}),
         "training_type": training_type,
         "files": [(file.sha256, file.path.suffix.lower(), list(file.columns)) for file in files],
         "limit": limit,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
-
-
-def _that_matter(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in _NO_MATTER[section].split()}
 
 
 def _source(module: str) -> bytes:
@@ -171,19 +162,21 @@ def _source(module: str) -> bytes:
 def _tasks(files: Sequence[DataFile], config: EncodingConfig, training_type: str) -> Iterator[EncodingTask]:
     for file in files:
         try:
-            form = detect(file.columns, config.hyperparameters, training_type)
+            row_format = find_format(file.columns, config.hyperparameters, training_type=training_type)
         except DataError as error:
             message = f"{file.path.name}: {error.message}"
             raise DataError(message, fields=error.fields, hint=error.hint, code=error.code) from None
         for block in read_blocks(file.path):
-            yield block, form
+            yield block, row_format
 
 
-def _examples(files: Sequence[DataFile], hyperparameters: Mapping[str, Any], training_type: str) -> Iterator[Example]:
+def _examples(
+    files: Sequence[DataFile], hyperparameters: EncodingHyperparameters, training_type: str
+) -> Iterator[Example]:
     for file in files:
-        form = detect(file.columns, hyperparameters, training_type)
+        row_format = find_format(file.columns, hyperparameters, training_type=training_type)
         for number, row in enumerate(read_rows(file.path), start=1):
-            if (example := turns(row, form, hyperparameters, place(file.path, number))) is not None:
+            if (example := turns(row, row_format, hyperparameters, place(file.path, number))) is not None:
                 yield example
 
 

@@ -18,7 +18,7 @@ from tunesmith.clock import utc_text
 from tunesmith.errors import SpecError, TunesmithError
 from tunesmith.jobs.audit_report import AuditReport
 from tunesmith.jobs.drafting import draft, new_job_id, training_files
-from tunesmith.jobs.spec import RegisterSpec, TrainJob, TrainSpec, parse_spec
+from tunesmith.jobs.spec import RegisterSpec, TextJob, TrainSpec, parse_spec
 from tunesmith.settings import Settings
 from tunesmith.storage.urls import open_storage
 
@@ -35,7 +35,7 @@ def audit_order(spec: TrainSpec | RegisterSpec, settings: Settings, *, limit: in
         job_id=new_job_id(),
         created_at=utc_text(),
     )
-    if not isinstance(job, TrainJob):
+    if not isinstance(job, TextJob):
         raise SpecError("only what a training job would train can be audited", fields=["kind"])
     model = fetch(storage, "model", job.model, settings)
     dataset = fetch(storage, "dataset", job.dataset, settings)

@@ -14,7 +14,7 @@ from trainers.text.audit import CHECKED_ROWS, audit, refuse
 from trainers.text.shards import TokenizedRows
 from trainers.text.tokenization import DataFile, Progress, first_examples, tokenized
 from tunesmith.jobs.drafting import training_files
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import TextJob
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -42,7 +42,7 @@ def data_files(dataset: Fetched, names: Iterable[str]) -> list[DataFile]:
 
 
 def load_data(
-    job: TrainJob,
+    job: TextJob,
     model_folder: Path,
     dataset: Fetched,
     storage: Storage,
@@ -64,14 +64,14 @@ def load_data(
     }
     files = data_files(dataset, training_files(dataset.manifest.tables, h))
     rows = tokenized(files, tokenizer, **options, progress=progress)
-    if h["test_data_file"] is None:
+    if h.test_data_file is None:
         return Data(tokenizer, files, rows, [], None)
-    eval_files = data_files(dataset, [h["test_data_file"]])
-    eval_rows = tokenized(eval_files, tokenizer, **options, limit=int(h["max_eval_samples"]))
+    eval_files = data_files(dataset, [h.test_data_file])
+    eval_rows = tokenized(eval_files, tokenizer, **options, limit=h.max_eval_samples)
     return Data(tokenizer, files, rows, eval_files, eval_rows)
 
 
-def prepare(attempt: Attempt, job: TrainJob) -> None:
+def prepare(attempt: Attempt, job: TextJob) -> None:
     """Fill the cache, with progress as events, and audit what will be trained; the report is kept with the job.
 
     DataError where there is nothing to train on, or where the audit refuses it. StoppedError where the job is to stop

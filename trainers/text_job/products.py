@@ -18,7 +18,7 @@ from trainers.recipe.lora import load_model
 from trainers.recipe.strategy import shares_base
 from tunesmith.assets.catalog import File, describe_files
 from tunesmith.errors import LeaseLostError, ModelError
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import TextJob
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_products(
-    model: Any, weights: Mapping[str, torch.Tensor], base_folder: Path, folder: Path, job: TrainJob, root: str
+    model: Any, weights: Mapping[str, torch.Tensor], base_folder: Path, folder: Path, job: TextJob, root: str
 ) -> None:
     """Write the new model's files (docs/contracts.md, section 5) to `folder`; `root` is the storage's URL.
 
@@ -40,7 +40,7 @@ def write_products(
     """
     model.peft_config["default"].base_model_name_or_path = job.model
     save_adapter(folder / "adapter", model, weights)
-    if job.advanced["merge_adapter"]:
+    if job.advanced.merge_adapter:
         whole = model if _is_whole(model, job) else in_full(base_folder, folder / "adapter", job)
         merge(whole).save_pretrained(folder)
         for path in base_folder.iterdir():
@@ -51,15 +51,15 @@ def write_products(
     write_user_parameters(folder, job, root)
 
 
-def _is_whole(model: Any, job: TrainJob) -> bool:
+def _is_whole(model: Any, job: TextJob) -> bool:
     """Whether the model's weights are all there, as its files have them."""
-    return job.hyperparameters["bits"] is None and not shares_base(model)
+    return job.hyperparameters.bits is None and not shares_base(model)
 
 
-def in_full(base_folder: Path, adapter: Path, job: TrainJob) -> Any:
+def in_full(base_folder: Path, adapter: Path, job: TextJob) -> Any:
     """The base in full precision with the adapter, on the CPU: the accelerator may have no room for it."""
     device = pick_device()
-    h = {**job.hyperparameters, "bits": None}
+    h = job.hyperparameters.model_copy(update={"bits": None})
     model = load_model(base_folder, h, job.advanced, replace(device, torch_device=torch.device("cpu")))
     load_adapter(adapter, model)
     return model
@@ -87,7 +87,7 @@ def merge(model: Any) -> Any:
     return merged
 
 
-def upload_products(storage: Storage, folder: Path, job: TrainJob, attempt: int) -> list[File]:
+def upload_products(storage: Storage, folder: Path, job: TextJob, attempt: int) -> list[File]:
     """Store the new model's files at their place; what was stored.
 
     LeaseLostError where the attempt was given up for lost meanwhile: another one may be at work there.

@@ -20,7 +20,7 @@ from tunesmith.clock import utc_text
 from tunesmith.errors import OutOfMemoryError, TunesmithError, UnavailableError, WorkerLostError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Result
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import TextJob
 
 # Read by Ray Train when it is imported. The controller takes one report of a worker in each interval.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
@@ -30,7 +30,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 logger = logging.getLogger(__name__)
 
 
-def run_training(attempt: Attempt, job: TrainJob) -> Result:
+def run_training(attempt: Attempt, job: TextJob) -> Result:
     """Train, publish the new model, and say how it went. Raises what ended the run."""
     import ray
 
@@ -71,14 +71,14 @@ def _tell_stored(attempt: Attempt, step: int) -> None:
         logger.exception("%s: the workers could not be told of step %d", attempt.name, step)
 
 
-def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: ReportWriter, callback: Callable[[], Any]) -> None:
+def _fit_with_restarts(attempt: Attempt, job: TextJob, reports: ReportWriter, callback: Callable[[], Any]) -> None:
     """Run the workers to their end; after lost ones again from the newest checkpoint, up to `max_retries` times."""
-    for restart in range(1, int(job.advanced["max_retries"]) + 2):
+    for restart in range(1, job.advanced.max_retries + 2):
         try:
             _fit(attempt, job, callback())
             return
         except WorkerLostError as error:
-            if restart > int(job.advanced["max_retries"]):
+            if restart > job.advanced.max_retries:
                 raise
             whole = attempts.checkpoints(attempt.storage, job.id)
             step = whole[-1].step if whole else 0
@@ -96,7 +96,7 @@ def _fit_with_restarts(attempt: Attempt, job: TrainJob, reports: ReportWriter, c
             time.sleep(attempts.retry_pause_s(restart))
 
 
-def _fit(attempt: Attempt, job: TrainJob, callback: Any) -> None:
+def _fit(attempt: Attempt, job: TextJob, callback: Any) -> None:
     """One run of TorchTrainer. Raises WorkerLostError, UnavailableError where Ray is lost, or what a worker raised."""
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -200,7 +200,7 @@ def _stopped(reason: str, summary: dict[str, Any]) -> Result:
     return stopped(reason, where, summary)
 
 
-def _publish(attempt: Attempt, job: TrainJob, products: Mapping[str, Any]) -> None:
+def _publish(attempt: Attempt, job: TextJob, products: Mapping[str, Any]) -> None:
     base = catalog.get_manifest(attempt.storage, "model", job.model)
     _, name, version = job.output
     catalog.publish(
@@ -218,7 +218,7 @@ def _publish(attempt: Attempt, job: TrainJob, products: Mapping[str, Any]) -> No
             license=base.license,
             base=job.model,
             dataset=job.dataset,
-            details={**base.details, "adapter": True, "merged": bool(job.advanced["merge_adapter"])},
+            details={**base.details, "adapter": True, "merged": job.advanced.merge_adapter},
         ),
     )
 

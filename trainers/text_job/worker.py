@@ -37,7 +37,7 @@ from tunesmith.errors import NotFoundError
 from tunesmith.jobs import adapters
 from tunesmith.jobs.attempts import attempt_name
 from tunesmith.jobs.flavors import get_flavor
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import TextJob
 from tunesmith.settings import Settings
 from tunesmith.storage.base import Storage
 from tunesmith.storage.patience import PatientStorage
@@ -60,7 +60,7 @@ def run_worker(task: WorkerTask) -> None:
 
 def _run(task: WorkerTask, worker: Worker, storage: PatientStorage, settings: Settings) -> None:
     job = task.job
-    keep = int(job.advanced["save_total_limit"])
+    keep = job.advanced.save_total_limit
     uploads = Uploads(storage, job_id=job.id, attempt=task.attempt, keep=keep)
     reports = _Reports(worker, uploads)
     torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
@@ -150,9 +150,9 @@ def _run(task: WorkerTask, worker: Worker, storage: PatientStorage, settings: Se
 
 
 @contextmanager
-def _earlier_adapter(storage: Storage, job: TrainJob) -> Iterator[Path | None]:
+def _earlier_adapter(storage: Storage, job: TextJob) -> Iterator[Path | None]:
     """The adapter that the job goes on from, on this machine's disk."""
-    ref = job.hyperparameters["finetuned_model"]
+    ref = job.hyperparameters.finetuned_model
     if ref is None:
         yield None
         return
@@ -163,8 +163,8 @@ def _earlier_adapter(storage: Storage, job: TrainJob) -> Iterator[Path | None]:
         yield folder
 
 
-def _held_out(data: Data, job: TrainJob) -> HeldOut:
-    limit = int(job.hyperparameters["max_eval_samples"])
+def _held_out(data: Data, job: TextJob) -> HeldOut:
+    limit = job.hyperparameters.max_eval_samples
     examples = first_examples(data.eval_files, job.hyperparameters, job.training_type, limit)
     return HeldOut.of(examples, data.tokenizer, job.hyperparameters, job.advanced)
 

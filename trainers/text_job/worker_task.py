@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunesmith.jobs.spec import TrainJob
+from tunesmith.jobs.spec import TextJob
 
 
 @dataclass(frozen=True)
 class WorkerTask:
     """A worker's part in a run of the workers."""
 
-    job: TrainJob
+    job: TextJob
     attempt: int
     root: str
     """URL of the storage that holds the job's folder."""

@@ -28,7 +28,7 @@ from tunesmith.jobs.attempts import MetricLine
 from tunesmith.jobs.audit_report import AuditReport
 from tunesmith.jobs.evaluation_record import Evaluation
 from tunesmith.jobs.flavors import Flavor
-from tunesmith.jobs.spec import TrainJob, TrainSpec
+from tunesmith.jobs.spec import TrainJob, TrainSpec, parse_job
 from tunesmith.jobs.states import FINAL
 
 M = TypeVar("M", bound=BaseModel)
@@ -110,7 +110,9 @@ class Client:
 
     def plan(self, spec: TrainSpec) -> TrainJob:
         """What the job would run with; nothing is recorded."""
-        return self._one(TrainJob, "POST", "/v1/plans", json=_body(spec))
+        job = parse_job(self._call("POST", "/v1/plans", json=_body(spec)).content)
+        assert isinstance(job, TrainJob), "the plan of a training run is one"
+        return job
 
     def submit(self, spec: TrainSpec, *, idempotency_key: str | None = None) -> JobView:
         return self._create("/v1/jobs", _body(spec), idempotency_key)

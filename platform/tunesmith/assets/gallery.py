@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,9 @@ from tunesmith.assets.image_references import parse_image
 from tunesmith.assets.train_params import TYPES, Method, Parameter, read_methods
 from tunesmith.errors import SpecError, nearest
 from tunesmith.frozen import Tolerant
-from tunesmith.hyperparameters import ADVANCED, Hyperparameter, Value, resolve
+from tunesmith.hyperparameters.checks import is_of_type, refusal, resolve
+from tunesmith.hyperparameters.definitions import Advanced, CustomAdvanced
+from tunesmith.hyperparameters.field import Hyperparameter, Value
 
 FOLDER = "gallery_train"
 TRAIN, PARAMETERS, README, REQUIREMENTS = "train.py", "train_params.json", "dataset_readme.md", "requirements.txt"
@@ -30,9 +33,6 @@ MAX_VALUES_BYTES = 100_000
 """Of all hyperparameters together: `train.py` gets them in one variable, and the system allows 128 KiB."""
 MAX_PROBLEMS = 20
 """Told at once."""
-
-ADVANCED_NAMES = ("max_retries",)
-"""The settings under `advanced` that mean something to training that is not the platform's own."""
 
 
 class Gallery(Tolerant):
@@ -111,8 +111,10 @@ def fill_in(method: Method, given: Mapping[str, Any]) -> dict[str, Value]:
                 code="unknown_hyperparameter",
             )
     left_out = {name for name, value in given.items() if value is None and name in table and not table[name].required}
-    known = [_as_hyperparameter(parameter) for parameter in method.hyperparameters]
-    filled = resolve({name: value for name, value in given.items() if name not in left_out}, known)
+    filled = {
+        p.name: _checked(p, given[p.name]) if p.name in given and p.name not in left_out else _default(p)
+        for p in method.hyperparameters
+    }
     missing = [p.name for p in method.hyperparameters if p.required and filled[p.name] is None]
     if missing:
         raise SpecError(
@@ -135,23 +137,32 @@ def fill_in(method: Method, given: Mapping[str, Any]) -> dict[str, Value]:
     return settled
 
 
-def advanced(given: Mapping[str, Any]) -> dict[str, Value]:
+def advanced(given: Mapping[str, Any]) -> CustomAdvanced:
     """The checked `advanced` of training that is not the platform's own. SpecError names what is the recipe's alone."""
+    allowed = CustomAdvanced.model_fields
     for name in given:
-        if name not in ADVANCED_NAMES and any(h.name == name for h in ADVANCED):
+        if name in Advanced.model_fields and name not in allowed:
             raise SpecError(
-                f"advanced.{name} belongs to the built-in recipe; custom training takes {', '.join(ADVANCED_NAMES)}",
+                f"advanced.{name} belongs to the built-in recipe; custom training takes {', '.join(allowed)}",
                 fields=[f"advanced.{name}"],
                 hint="what train.py is to know belongs under hyperparameters, and into train_params.json",
                 code="not_for_custom",
             )
-    return resolve(given, [h for h in ADVANCED if h.name in ADVANCED_NAMES], section="advanced")
+    return resolve(CustomAdvanced, given)
 
 
-def _as_hyperparameter(parameter: Parameter) -> Hyperparameter:
+def _checked(parameter: Parameter, value: Any) -> Value:
     kind, about = TYPES[parameter.type], parameter.help or parameter.name
-    default = None if parameter.default is None else kind(parameter.default)
-    return Hyperparameter(parameter.name, kind, default, about, about)
+    h = Hyperparameter(parameter.name, kind, None, about, about)
+    if not is_of_type(h, value) or (kind is float and not math.isfinite(value)):
+        raise refusal(h, value, "hyperparameters")
+    checked: Value = kind(value)
+    return checked
+
+
+def _default(parameter: Parameter) -> Value:
+    default: Value = None if parameter.default is None else TYPES[parameter.type](parameter.default)
+    return default
 
 
 def _card_problems(folder: Path, card: Card) -> Iterator[str]:

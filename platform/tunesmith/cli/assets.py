@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tunesmith.cli import rendering
 from tunesmith.cli.session import AsJson, answer, follow_to_end, open_client, output
 from tunesmith.errors import SpecError, nearest
-from tunesmith.hyperparameters import SECTIONS, for_model
 
 if TYPE_CHECKING:
     from tunesmith.api.client import Client
@@ -97,11 +97,13 @@ def hyperparameters(
     as_json: AsJson = False,
 ) -> None:
     """What a job can be told by `--set` and `--advanced`: types, defaults, bounds."""
-    sections = dict(SECTIONS)
+    from tunesmith.hyperparameters.definitions import SECTIONS, for_model
+
+    details: Mapping[str, Any] = {}
     if model is not None:
         with open_client() as client:
             details = client.model(model).details
-        sections = {section: for_model(known, details) for section, known in sections.items()}
+    sections = {definition.section: for_model(definition, details) for definition in SECTIONS}
     if name is not None:
         names = [h.name for known in sections.values() for h in known]
         found = {section: tuple(h for h in known if h.name == name) for section, known in sections.items()}

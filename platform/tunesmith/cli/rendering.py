@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.hyperparameters import SECTIONS, Hyperparameter, bounds, for_model
-
 if TYPE_CHECKING:
     from tunesmith.api.views import AssetView, JobView
     from tunesmith.assets.gallery import Gallery
     from tunesmith.assets.train_params import Parameter
     from tunesmith.assets.training_types import TrainingTypes
+    from tunesmith.hyperparameters.field import Hyperparameter
     from tunesmith.jobs.attempts import MetricLine
     from tunesmith.jobs.flavors import Flavor
     from tunesmith.jobs.spec import TrainJob
@@ -189,13 +188,15 @@ def _changed(spec: Mapping[str, Any], details: Mapping[str, Any]) -> list[tuple[
 
     Of a custom job all: the model's own defaults are not looked up.
     """
+    from tunesmith.hyperparameters.definitions import SECTIONS, for_model
+
     found: list[tuple[str, object]] = []
     custom = spec.get("training_type") == "custom"
     if custom:
         found += [(name, _value(value)) for name, value in spec["hyperparameters"].items()]
-    for section, known in SECTIONS.items():
-        given = {} if custom and section == "hyperparameters" else spec.get(section, {})
-        for h in for_model(known, details):
+    for definition in SECTIONS:
+        given = {} if custom and definition.section == "hyperparameters" else spec.get(definition.section, {})
+        for h in for_model(definition, details):
             if h.name in given and given[h.name] != h.default:
                 found.append((h.name, f"{_value(given[h.name])} (default {_value(h.default)})"))
     return found
@@ -209,7 +210,7 @@ def _parameter(p: Parameter) -> str:
 
 def _allowed(h: Hyperparameter) -> str:
     if not h.allowed:
-        return bounds(h)
+        return h.bounds
     return " | ".join(map(_value, h.allowed)) + (" (in this version)" if h.supported else "")
 
 

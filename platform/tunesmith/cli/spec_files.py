@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.assets.located_yaml import YamlError, read_yaml
 from tunesmith.errors import SpecError
-from tunesmith.hyperparameters import ADVANCED, GUIDE, Hyperparameter, Value
+
+if TYPE_CHECKING:
+    from tunesmith.hyperparameters.field import Hyperparameter, Value
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -34,9 +36,13 @@ def with_flags(
     order: Mapping[str, Any], flags: Mapping[str, Any], *, hyperparameters: Sequence[str], advanced: Sequence[str]
 ) -> dict[str, Any]:
     """The order with the flags over it; NAME=VALUE texts get the type of their hyperparameter."""
+    from tunesmith.hyperparameters.definitions import SECTIONS
+    from tunesmith.hyperparameters.field import definitions
+
     merged = {**order, **flags}
-    for section, given, known in (("hyperparameters", hyperparameters, GUIDE), ("advanced", advanced, ADVANCED)):
+    for definition, given in zip(SECTIONS, (hyperparameters, advanced), strict=True):
         if given:
+            section, known = definition.section, definitions(definition)
             there = merged.get(section) or {}
             if not isinstance(there, Mapping):
                 raise SpecError(f"{section} must be a mapping, got {there!r}", fields=[section])

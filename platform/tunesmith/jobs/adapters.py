@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tunesmith.assets.catalog import Manifest, get_manifest
 from tunesmith.errors import SpecError
-from tunesmith.hyperparameters import Hyperparameter
+from tunesmith.hyperparameters.definitions import LoraHyperparameters
+from tunesmith.hyperparameters.field import Hyperparameter
 from tunesmith.jobs import attempts
 from tunesmith.jobs.spec import TrainJob, parse_job
 from tunesmith.storage import layout
@@ -39,12 +39,15 @@ class Adapter:
         own = {"lora_rank": self.rank, "lora_alpha": self.alpha}
         return tuple(replace(h, default=own.get(h.name, h.default)) for h in known)
 
-    def check(self, hyperparameters: Mapping[str, Any]) -> None:
+    def check(self, hyperparameters: LoraHyperparameters) -> None:
         """Raises SpecError where a job asks for another rank or scale: the adapter cannot take it on."""
-        for name, own in (("lora_rank", self.rank), ("lora_alpha", self.alpha)):
-            if hyperparameters[name] != own:
+        for name, own, given in (
+            ("lora_rank", self.rank, hyperparameters.lora_rank),
+            ("lora_alpha", self.alpha, hyperparameters.lora_alpha),
+        ):
+            if given != own:
                 raise SpecError(
-                    f"{self.ref} was tuned with {name} {own}, so {name} must be {own}, got {hyperparameters[name]}",
+                    f"{self.ref} was tuned with {name} {own}, so {name} must be {own}, got {given}",
                     fields=[f"hyperparameters.{name}", FIELD],
                     hint=f"leave {name} out",
                     code="adapter_does_not_fit",

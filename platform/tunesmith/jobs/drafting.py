@@ -16,10 +16,12 @@ from tunesmith.assets.gallery import advanced as gallery_advanced
 from tunesmith.assets.gallery import fill_in
 from tunesmith.assets.training_types import CUSTOM
 from tunesmith.errors import DataError, SpecError, nearest
-from tunesmith.hyperparameters import ADVANCED, GUIDE, Value, for_model, resolve
+from tunesmith.hyperparameters.checks import resolve
+from tunesmith.hyperparameters.definitions import Advanced, CustomAdvanced, LoraHyperparameters, for_model
+from tunesmith.hyperparameters.field import Value
 from tunesmith.jobs.adapters import find_adapter
 from tunesmith.jobs.flavors import Flavor, get_flavor, load_flavors
-from tunesmith.jobs.spec import RegisterJob, RegisterSpec, TrainJob, TrainSpec
+from tunesmith.jobs.spec import CustomJob, Job, RegisterJob, RegisterSpec, TextJob, TrainSpec
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -40,7 +42,7 @@ def draft(
     job_id: str,
     created_at: str,
     capacity: Callable[[], Mapping[str, float]] | None = None,
-) -> TrainJob | RegisterJob:
+) -> Job:
     """Check `spec` and fill it in; the output's version is one above the newest in storage until the job is recorded.
 
     `capacity`: all resources of the cluster; without it, what only some clusters have is left to the job to find out.
@@ -59,7 +61,7 @@ def draft(
     else:
         settled = _settle_text(spec, model, dataset, training_type, flavor, storage)
     version = newest_version(storage, "model", spec.output_model) + 1
-    return TrainJob(
+    return (CustomJob if training_type == CUSTOM else TextJob)(
         id=job_id,
         account=account,
         name=spec.name or spec.output_model,
@@ -123,8 +125,8 @@ class _Settled:
     """What depends on the way of training."""
 
     method: str
-    hyperparameters: dict[str, Value]
-    advanced: dict[str, Value]
+    hyperparameters: LoraHyperparameters | Mapping[str, Value]
+    advanced: CustomAdvanced
     resources: Mapping[str, float] = field(default_factory=dict)
     """Ray's, of one worker, besides the flavor's."""
 
@@ -132,23 +134,26 @@ class _Settled:
 def _settle_text(
     spec: TrainSpec, model: Manifest, dataset: Manifest, training_type: str, flavor: Flavor, storage: Storage
 ) -> _Settled:
-    method = spec.method or "LoRA"
-    if method != "LoRA":
+    method = spec.method or LoraHyperparameters.method
+    if method != LoraHyperparameters.method:
         raise SpecError(
-            f"the method of training_type {training_type!r} is LoRA, got {method!r}",
+            f"the method of training_type {training_type!r} is {LoraHyperparameters.method}, got {method!r}",
             fields=["method"],
-            hint=nearest(method, ["LoRA"]) or "the methods of train_params.json go with training_type: custom",
+            hint=nearest(method, [LoraHyperparameters.method])
+            or "the methods of train_params.json go with training_type: custom",
             code="unknown_method",
         )
-    known = for_model(GUIDE, model.details, method=method)
+    known = for_model(LoraHyperparameters, model.details)
     earlier = spec.hyperparameters.get("finetuned_model")
     adapter = find_adapter(storage, earlier, model) if isinstance(earlier, str) else None
-    hyperparameters = resolve(spec.hyperparameters, known if adapter is None else adapter.as_defaults(known))
+    if adapter is not None:
+        known = adapter.as_defaults(known)
+    hyperparameters = resolve(LoraHyperparameters, spec.hyperparameters, known=known)
     if adapter is not None:
         adapter.check(hyperparameters)
-        hyperparameters["finetuned_model"] = adapter.ref
-    advanced = resolve(spec.advanced, ADVANCED, section="advanced")
-    _check_bits(hyperparameters["bits"], advanced["strategy"], flavor)
+        hyperparameters = hyperparameters.model_copy(update={"finetuned_model": adapter.ref})
+    advanced = resolve(Advanced, spec.advanced)
+    _check_bits(hyperparameters.bits, advanced.strategy, flavor)
     _check_files(dataset, hyperparameters)
     _check_columns(dataset, hyperparameters, training_type)
     return _Settled(method, hyperparameters, advanced)
@@ -166,7 +171,7 @@ def _settle_custom(spec: TrainSpec, model: Manifest, capacity: Callable[[], Mapp
     return _Settled(method.name, hyperparameters, advanced, {image_references.RESOURCE: image_references.SHARE})
 
 
-def _check_bits(bits: Value, strategy: Value, flavor: Flavor) -> None:
+def _check_bits(bits: int | None, strategy: str, flavor: Flavor) -> None:
     """bitsandbytes, which quantizes, knows no NPU; DeepSpeed would share the packed weights as if they were numbers."""
     if bits is None:
         return
@@ -187,34 +192,36 @@ def _check_bits(bits: Value, strategy: Value, flavor: Flavor) -> None:
     )
 
 
-def _check_files(dataset: Manifest, hyperparameters: dict[str, Value]) -> None:
-    for name in ("train_data_file", "test_data_file"):
-        wanted = hyperparameters[name]
+def _check_files(dataset: Manifest, hyperparameters: LoraHyperparameters) -> None:
+    for name, wanted in (
+        ("train_data_file", hyperparameters.train_data_file),
+        ("test_data_file", hyperparameters.test_data_file),
+    ):
         if wanted is not None and wanted not in dataset.tables:
             raise DataError(
                 f"{dataset.ref} has no data file {wanted!r}; it has {', '.join(dataset.tables)}",
                 fields=[f"hyperparameters.{name}"],
-                hint=nearest(str(wanted), dataset.tables),
+                hint=nearest(wanted, dataset.tables),
                 code="unknown_file",
             )
     if not training_files(dataset.tables, hyperparameters):
         raise DataError(
-            f"{dataset.ref} has no file to train on besides the test file {hyperparameters['test_data_file']!r}",
+            f"{dataset.ref} has no file to train on besides the test file {hyperparameters.test_data_file!r}",
             fields=["hyperparameters.test_data_file"],
             code="no_training_data",
         )
 
 
-def training_files(paths: Iterable[str], hyperparameters: Mapping[str, Value]) -> list[str]:
+def training_files(paths: Iterable[str], hyperparameters: LoraHyperparameters) -> list[str]:
     """Those of a dataset's data files that are trained on: the named one, or all but the test file."""
-    named = hyperparameters["train_data_file"]
-    return [str(named)] if named is not None else [p for p in paths if p != hyperparameters["test_data_file"]]
+    named = hyperparameters.train_data_file
+    return [named] if named is not None else [p for p in paths if p != hyperparameters.test_data_file]
 
 
-def _check_columns(dataset: Manifest, hyperparameters: dict[str, Value], training_type: str) -> None:
+def _check_columns(dataset: Manifest, hyperparameters: LoraHyperparameters, training_type: str) -> None:
     files = training_files(dataset.tables, hyperparameters)
-    if hyperparameters["test_data_file"] is not None:
-        files = [*files, str(hyperparameters["test_data_file"])]
+    if hyperparameters.test_data_file is not None:
+        files = [*files, hyperparameters.test_data_file]
     for path in files:
         find_format(
             dataset.tables[path].columns,

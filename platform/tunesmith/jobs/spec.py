@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
-from tunesmith.assets.training_types import CUSTOM
 from tunesmith.errors import SpecError, nearest
 from tunesmith.frozen import Frozen
-from tunesmith.hyperparameters import ADVANCED, GUIDE, json_schema
+from tunesmith.hyperparameters.definitions import Advanced, CustomAdvanced, LoraHyperparameters
+from tunesmith.hyperparameters.field import Value, json_schema
 
 # A custom model has names of its own.
-_HYPERPARAMETERS = {**json_schema(GUIDE), "additionalProperties": True}
+_HYPERPARAMETERS = {**json_schema(LoraHyperparameters), "additionalProperties": True}
 
 
 class TrainSpec(Frozen):
@@ -30,7 +30,7 @@ class TrainSpec(Frozen):
     """Default: `LoRA`; with `custom`, the only method in the model's `train_params.json`."""
     hyperparameters: Annotated[dict[str, Any], WithJsonSchema(_HYPERPARAMETERS)] = Field(default={})
     """Those of the text recipe; with `custom`, those of the method."""
-    advanced: Annotated[dict[str, Any], WithJsonSchema(json_schema(ADVANCED))] = Field(default={})
+    advanced: Annotated[dict[str, Any], WithJsonSchema(json_schema(Advanced))] = Field(default={})
     flavor: str
     cards: int = Field(default=1, ge=1, le=1024)
     output_model: str
@@ -62,7 +62,7 @@ class Output(NamedTuple):
 
 
 class TrainJob(Frozen):
-    """`job.json` of a training run: everything the driver needs, never a secret.
+    """`job.json` of a training run: everything the driver needs, never a secret. It is a TextJob or a CustomJob.
 
     It names models and datasets by reference; they lie in the storage that `job.json` itself is read from.
     """
@@ -76,10 +76,9 @@ class TrainJob(Frozen):
     """`NAME@VERSION`, the version always given."""
     dataset: str
     training_type: str
-    method: str = "LoRA"
-    hyperparameters: dict[str, Any]
-    """Of a custom job: what `train.py` gets."""
-    advanced: dict[str, Any]
+    method: str
+    hyperparameters: LoraHyperparameters | Mapping[str, Value]
+    advanced: CustomAdvanced
     flavor: str
     cards: int
     resources: dict[str, float]
@@ -91,11 +90,6 @@ class TrainJob(Frozen):
     created_at: str
 
     @property
-    def is_custom(self) -> bool:
-        """Whether the model's own `train.py` trains it."""
-        return self.training_type == CUSTOM
-
-    @property
     def output(self) -> Output:
         """What the job makes."""
         return _output("model", self.output_model)
@@ -103,6 +97,23 @@ class TrainJob(Frozen):
     def with_version(self, version: int) -> Self:
         """The same job, with another version of its output."""
         return self.model_copy(update={"output_model": f"{self.output.name}@{version}"})
+
+
+class TextJob(TrainJob):
+    """A training run of the built-in text recipe."""
+
+    training_type: Literal["text-question-answering", "text-generation"]
+    method: Literal["LoRA"] = "LoRA"
+    hyperparameters: LoraHyperparameters
+    advanced: Advanced
+
+
+class CustomJob(TrainJob):
+    """A training run of the model's own `train.py`, or of its image."""
+
+    training_type: Literal["custom"]
+    hyperparameters: Mapping[str, Value]
+    """What `train.py` gets."""
 
 
 class RegisterJob(Frozen):
@@ -130,10 +141,11 @@ class RegisterJob(Frozen):
         return self.model_copy(update={"output_asset": f"{self.output.name}@{version}"})
 
 
-Job = Annotated[TrainJob | RegisterJob, Field(discriminator="kind")]
+AnyTrainJob = Annotated[TextJob | CustomJob, Field(discriminator="training_type")]
+Job = Annotated[AnyTrainJob | RegisterJob, Field(discriminator="kind")]
 
 _SPEC: TypeAdapter[TrainSpec | RegisterSpec] = TypeAdapter(Spec)
-_JOB: TypeAdapter[TrainJob | RegisterJob] = TypeAdapter(Job)
+_JOB: TypeAdapter[TextJob | CustomJob | RegisterJob] = TypeAdapter(Job)
 
 
 def parse_spec(data: Any) -> TrainSpec | RegisterSpec:
@@ -146,7 +158,7 @@ def parse_spec(data: Any) -> TrainSpec | RegisterSpec:
         raise spec_error(error) from None
 
 
-def parse_job(text: str | bytes) -> TrainJob | RegisterJob:
+def parse_job(text: str | bytes) -> Job:
     """A job from the text of its `job.json`; SpecError says what is wrong with it."""
     try:
         return _JOB.validate_json(text)

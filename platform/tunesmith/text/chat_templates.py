@@ -7,13 +7,14 @@ that cannot give both is refused: a DataError `template_*`, never a mask that is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from tunesmith.errors import DataError
+from tunesmith.hyperparameters.definitions import EncodingHyperparameters
 from tunesmith.text.control_tokens import PROBE, ControlTokens
 from tunesmith.text.formats import Example, Turn
 
@@ -33,12 +34,14 @@ class Piece:
 class Template:
     """How the turns of an example become text."""
 
-    def __init__(self, tokenizer: Any, hyperparameters: Mapping[str, Any], *, train_on_history: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, hyperparameters: EncodingHyperparameters, *, train_on_history: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
-        self._h = hyperparameters
+        self._prefix = hyperparameters.prefix
         self._train_on_history = train_on_history
         self.control = ControlTokens(tokenizer)
-        given = hyperparameters["instruction_template"], hyperparameters["response_template"]
+        given = hyperparameters.instruction_template, hyperparameters.response_template
         self.chat = given == (None, None) and tokenizer.chat_template is not None
         """Whether the model's chat template is used; it puts a beginning of text itself, where there is to be one."""
         self._instruction = given[0] or ""
@@ -123,7 +126,7 @@ class Template:
             self._tail([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         texts = (self.control.hide(turn.text) for turn in turns)
         return [
-            {"role": turn.role, "content": f"{self._h['prefix']}{text}" if turn.role == "user" else text}
+            {"role": turn.role, "content": f"{self._prefix}{text}" if turn.role == "user" else text}
             for turn, text in zip(turns, texts, strict=True)
         ]
 
@@ -140,7 +143,7 @@ class Template:
 
     def _own_texts(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
         """Every turn by the user's templates, and whether it is an answer; an answer ends with the end of text."""
-        before, after = f"{self._h['prefix']}{self._instruction}", self._response
+        before, after = f"{self._prefix}{self._instruction}", self._response
         texts = []
         for turn in turns:
             text = self.control.hide(turn.text)

@@ -1,15 +1,14 @@
-"""The forms that rows of text come in, told apart by a file's columns: one rule for the order and for the run."""
+"""The formats that rows of text come in, told apart by a file's columns: one rule for the order and for the run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Literal
 
 from tunesmith.errors import DataError, nearest
-from tunesmith.hyperparameters import GUIDE
+from tunesmith.hyperparameters.definitions import EncodingHyperparameters
 
 RowFormat = Literal["prompt_response", "messages", "sharegpt", "alpaca", "context_target", "text"]
-ROW_FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
 
 _KNOWN: dict[RowFormat, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -17,44 +16,50 @@ _KNOWN: dict[RowFormat, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "context_target": ("context", "target"),
 }
-"""Columns that tell a form; where several fit, the first."""
+"""Columns that tell a format; where several fit, the first."""
 
 _FIELDS = ("prompt_field", "response_field", "history_field")
-_USUAL = {h.name: h.default for h in GUIDE if h.name in _FIELDS}
 
 
 def find_format(
-    columns: Sequence[str], hyperparameters: Mapping[str, Any], *, training_type: str, file: str = "the file"
+    columns: Sequence[str],
+    hyperparameters: EncodingHyperparameters,
+    *,
+    training_type: str,
+    file: str = "the file",
 ) -> RowFormat:
-    """The form of a file's rows.
+    """The format of a file's rows.
 
-    The columns named by `prompt_field` and `response_field` come first where both are there; then the known forms by
-    their columns; in text-generation `prompt_field` alone is plain text. A column that was named by hand, that is
-    unlike the default, must be there. Raises DataError, which calls the file `file`.
+    The columns that `prompt_field` and `response_field` name come first, where both are there; then the known formats
+    by their columns; in text-generation `prompt_field` alone is plain text. A column that was named by hand, which is
+    one unlike the default, must be there. Raises DataError, which calls the file `file`.
     """
-    named = [name for name in _FIELDS if hyperparameters.get(name) not in (None, _USUAL[name])]
+    usual = EncodingHyperparameters()
+    named = [name for name in _FIELDS if getattr(hyperparameters, name) not in (None, getattr(usual, name))]
     for name in named:
-        if hyperparameters[name] not in columns:
+        if getattr(hyperparameters, name) not in columns:
             raise _missing(name, columns, hyperparameters, file)
-    form = _form(columns, hyperparameters, training_type, file, by_hand=bool({*named} - {"history_field"}))
-    if "history_field" in named and form not in ("prompt_response", "alpaca"):
+    by_hand = bool({*named} - {"history_field"})
+    row_format = _by_columns(columns, hyperparameters, training_type=training_type, file=file, by_hand=by_hand)
+    if "history_field" in named and row_format not in ("prompt_response", "alpaca"):
         raise DataError(
-            f"history_field is {hyperparameters['history_field']!r}, but the rows of {file} are of the form {form}, "
+            f"history_field is {hyperparameters.history_field!r}, but the rows of {file} have the format {row_format}, "
             "which has no history of its own",
             fields=["hyperparameters.history_field"],
             hint="leave history_field out, or name prompt_field and response_field too",
             code="history_not_used",
         )
-    return form
+    return row_format
 
 
-def _form(
-    columns: Sequence[str], hyperparameters: Mapping[str, Any], training_type: str, file: str, *, by_hand: bool
+def _by_columns(
+    columns: Sequence[str], hyperparameters: EncodingHyperparameters, *, training_type: str, file: str, by_hand: bool
 ) -> RowFormat:
-    has_prompt, has_response = (hyperparameters[name] in columns for name in _FIELDS[:2])
+    has_prompt = hyperparameters.prompt_field in columns
+    has_response = hyperparameters.response_field in columns
     if has_prompt and has_response:
         return "prompt_response"
-    known = next((form for form, needed in _KNOWN.items() if {*needed} <= {*columns}), None)
+    known = next((known for known, needed in _KNOWN.items() if {*needed} <= {*columns}), None)
     if known is not None and not by_hand:
         return known
     if has_prompt and training_type == "text-generation":
@@ -62,8 +67,8 @@ def _form(
     raise _missing("response_field" if has_prompt else "prompt_field", columns, hyperparameters, file)
 
 
-def _missing(name: str, columns: Sequence[str], hyperparameters: Mapping[str, Any], file: str) -> DataError:
-    wanted = str(hyperparameters[name])
+def _missing(name: str, columns: Sequence[str], hyperparameters: EncodingHyperparameters, file: str) -> DataError:
+    wanted = str(getattr(hyperparameters, name))
     return DataError(
         f"{file} has no column {wanted!r}; it has {', '.join(columns)}",
         fields=[f"hyperparameters.{name}"],

@@ -7,7 +7,7 @@ reaches over the border of the mask. Where the tokens of the whole text would do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tunesmith.errors import DataError
+from tunesmith.hyperparameters.definitions import EncodingAdvanced, EncodingHyperparameters
 from tunesmith.text.chat_templates import Piece, Template
 from tunesmith.text.formats import Example
 
@@ -45,18 +46,25 @@ class Encoded:
 
 
 class Encoder:
-    """Tokenises examples for one model and one job; made once, for it tries tokenizer and template out."""
+    """Tokenises examples for one model and one job; made once, because it tries the tokenizer and template out.
 
-    def __init__(self, tokenizer: Any, hyperparameters: Mapping[str, Any], advanced: Mapping[str, Any]) -> None:
+    `tokenizer` is a fast one of transformers. The answer and its end of turn are trained, earlier answers only with
+    `train_on_history`. A row that is too long loses the beginning of what stands before its answer (see `cut`).
+    """
+
+    def __init__(self, tokenizer: Any, hyperparameters: EncodingHyperparameters, advanced: EncodingAdvanced) -> None:
         self.template = Template(tokenizer, hyperparameters, train_on_history=history_is_trained(advanced))
         self._text = TextTokens(tokenizer, self.template)
         self.beginning = [] if self.template.chat else self._text.beginning
         """Token ids of the beginning of text; a chat template writes it itself, where there is to be one."""
-        self._limit = int(hyperparameters["max_seq_length"])
+        self._limit = hyperparameters.max_seq_length
         self._tokenizer = tokenizer
 
     def encode(self, examples: Sequence[Example], places: Sequence[int | str] | None = None) -> list[Encoded]:
-        """Rows in the order of `examples`. DataError names the place of a refused one: row number, or words."""
+        """Rows in the order of `examples`. DataError names the place of a refused one: its row number, or words.
+
+        DataError (`template_*`) where the model's template cannot be trained with.
+        """
         rows = []
         for number, example in enumerate(examples):
             try:
@@ -87,28 +95,6 @@ class Encoder:
             ended=bool(trained[-1]) and not answer_cut and int(ids[-1]) in self.template.control.ids,
             spelled_out=any(spelled for piece in pieces for _, spelled in self.template.control.split(piece.text)),
         )
-
-
-def encode(
-    examples: Sequence[Example], tokenizer: Any, hyperparameters: Mapping[str, Any], advanced: Mapping[str, Any]
-) -> list[Encoded]:
-    """One row for each of `examples`. DataError (`template_*`) where the model's template cannot be trained with.
-
-    `tokenizer` is a fast one of transformers. The answer and its end of turn are trained, earlier answers only with
-    `train_on_history`. A row that is too long loses the beginning of what stands before its answer (see `cut`).
-    """
-    return Encoder(tokenizer, hyperparameters, advanced).encode(examples)
-
-
-def prompt_text(example: Example, tokenizer: Any, hyperparameters: Mapping[str, Any]) -> str:
-    """The text that a model is given to answer `example`: all that stands before its last answer."""
-    template = Template(tokenizer, hyperparameters)
-    return template.control.show(template.prompt(example))
-
-
-def prompt_ids(example: Example, tokenizer: Any, hyperparameters: Mapping[str, Any]) -> npt.NDArray[np.int32]:
-    """The tokens of `prompt_text`, as `encode` puts them before the answer. For many, use an `Encoder`."""
-    return Encoder(tokenizer, hyperparameters, {"train_on_history": False}).prompt_ids(example)
 
 
 class TextTokens:
@@ -191,9 +177,9 @@ class TextTokens:
         return whole[: next(places, 0)]
 
 
-def history_is_trained(advanced: Mapping[str, Any]) -> bool:
+def history_is_trained(advanced: EncodingAdvanced) -> bool:
     """Whether answers before the last one are trained: only where that was asked for."""
-    return bool(advanced["train_on_history"])
+    return advanced.train_on_history
 
 
 def mask(parts: Sequence[Part]) -> npt.NDArray[np.bool_]:

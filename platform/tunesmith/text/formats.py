@@ -1,4 +1,4 @@
-"""Rows of every known form as turns: what was asked and answered, in order."""
+"""Rows of every known format as turns: what was asked and answered, in order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.errors import DataError
-from tunesmith.text.columns import RowFormat, find_format
+from tunesmith.hyperparameters.definitions import EncodingHyperparameters
+from tunesmith.text.columns import RowFormat
 
 Role = Literal["system", "user", "assistant", "text"]
 
@@ -41,21 +42,16 @@ class Example:
     turns: list[Turn]
 
 
-def detect(
-    columns: Sequence[str], hyperparameters: Mapping[str, Any], training_type: str = "text-generation"
-) -> RowFormat:
-    """The form of rows with these columns (see `tunesmith.text.columns`). DataError where no form fits."""
-    return find_format(columns, hyperparameters, training_type=training_type)
-
-
-def turns(row: Mapping[str, Any], form: str, hyperparameters: Mapping[str, Any], number: int | str) -> Example | None:
+def turns(
+    row: Mapping[str, Any], row_format: RowFormat, hyperparameters: EncodingHyperparameters, number: int | str
+) -> Example | None:
     """The turns of a row; None where it has no prompt or no response and is to be skipped.
 
     `number` is the row's, or words for its place (`a.jsonl: line 7`). DataError names the place and the column of what
-    is not what its form says. A last question without an answer is left out: nothing of it would be trained.
+    is not as its format says. A last question without an answer is left out: nothing of it would be trained.
     """
     cells = _Cells(row, f"row {number}" if isinstance(number, int) else number)
-    found = _READERS[form](cells, hyperparameters)
+    found = _READERS[row_format](cells, hyperparameters)
     return Example(found) if found else None
 
 
@@ -99,21 +95,21 @@ class _Cells:
         return DataError(f"{self.place}: {what}", fields=[f"hyperparameters.{parameter}" if parameter else column])
 
 
-def _prompt_response(cells: _Cells, h: Mapping[str, Any]) -> list[Turn]:
-    prompt = cells.text(str(h["prompt_field"]), "prompt_field")
-    response = cells.text(str(h["response_field"]), "response_field")
-    history = _history(cells, h["history_field"]) if h["history_field"] is not None else []
+def _prompt_response(cells: _Cells, h: EncodingHyperparameters) -> list[Turn]:
+    prompt = cells.text(h.prompt_field, "prompt_field")
+    response = cells.text(h.response_field, "response_field")
+    history = _history(cells, h.history_field) if h.history_field is not None else []
     return _asked_and_answered(history, prompt, response)
 
 
-def _alpaca(cells: _Cells, h: Mapping[str, Any]) -> list[Turn]:
+def _alpaca(cells: _Cells, h: EncodingHyperparameters) -> list[Turn]:
     parts = (cells.text("instruction"), cells.text("input"))
     prompt = "\n".join(part for part in parts if part.strip())
-    history = _history(cells, h["history_field"] or "history")
+    history = _history(cells, h.history_field or "history")
     return _asked_and_answered([*_system(cells), *history], prompt, cells.text("output"))
 
 
-def _context_target(cells: _Cells, h: Mapping[str, Any]) -> list[Turn]:
+def _context_target(cells: _Cells, h: EncodingHyperparameters) -> list[Turn]:
     """`context` is the question, or a list: question, answer, …, question."""
     context = cells.row.get("context")
     if not isinstance(context, list):
@@ -130,8 +126,8 @@ def _context_target(cells: _Cells, h: Mapping[str, Any]) -> list[Turn]:
     return _asked_and_answered(before, texts[-1], cells.text("target"))
 
 
-def _text(cells: _Cells, h: Mapping[str, Any]) -> list[Turn]:
-    text = cells.text(str(h["prompt_field"]), "prompt_field")
+def _text(cells: _Cells, h: EncodingHyperparameters) -> list[Turn]:
+    text = cells.text(h.prompt_field, "prompt_field")
     return [Turn("text", text)] if text.strip() else []
 
 
@@ -159,11 +155,11 @@ def _history(cells: _Cells, column: str) -> list[Turn]:
     return found
 
 
-def _messages(cells: _Cells, h: Mapping[str, Any]) -> list[Turn]:
+def _messages(cells: _Cells, h: EncodingHyperparameters) -> list[Turn]:
     return _conversation(cells, "messages", "role", "content")
 
 
-def _sharegpt(cells: _Cells, h: Mapping[str, Any]) -> list[Turn]:
+def _sharegpt(cells: _Cells, h: EncodingHyperparameters) -> list[Turn]:
     return _conversation(cells, "conversations", "from", "value")
 
 
@@ -212,7 +208,7 @@ def _turn(cells: _Cells, column: str, number: int, item: Any, keys: tuple[str, s
     return Turn(roles[role], "" if text is None else cells.as_text(text, column, what))
 
 
-_READERS: dict[str, Callable[[_Cells, Mapping[str, Any]], list[Turn]]] = {
+_READERS: dict[RowFormat, Callable[[_Cells, EncodingHyperparameters], list[Turn]]] = {
     "prompt_response": _prompt_response,
     "messages": _messages,
     "sharegpt": _sharegpt,
