@@ -14,7 +14,7 @@ from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, SpecError, StorageError, UnavailableError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, EventWriter, Result
-from tunesmith.jobs.spec import CustomJob, RegisterJob, parse_job
+from tunesmith.jobs.spec import CustomJob, Job, RegisterJob, parse_job
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -84,7 +84,7 @@ def _run(attempt: Attempt) -> Result:
         return attempts.failure(error)
 
 
-def _deadline(storage: Storage, job: TrainJob | RegisterJob, number: int) -> float | None:
+def _deadline(storage: Storage, job: Job, number: int) -> float | None:
     """When the time of all attempts together is used up, seconds since the epoch."""
     if isinstance(job, RegisterJob) or job.max_run_time_s is None:
         return None

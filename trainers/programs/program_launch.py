@@ -111,7 +111,7 @@ def _variables(worker: ProgramTask, inputs: Inputs, network: Network, settings: 
     given = {
         "ENV_AG_MODEL_DIR": str(inputs.base.folder),
         "ENV_AG_DATASET_DIR": str(inputs.dataset.folder),
-        "ENV_AG_USER_PARAMS": json.dumps(worker.job.hyperparameters),
+        "ENV_AG_USER_PARAMS": json.dumps(dict(worker.job.hyperparameters)),
         "ENV_AG_TRAIN_OUTPUT_DIR": str(worker.folder(settings) / "output"),
         "ENV_AG_USER_METRICS_LOG_PATH": str(metrics_path(worker, settings)),
         "ENV_AG_OUTPUT_RESTORED": "1" if inputs.restored else "0",
