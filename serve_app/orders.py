@@ -40,7 +40,7 @@ def plan(door: Door, spec: TrainSpec | RegisterSpec) -> Job:
     return _draft(door, spec)
 
 
-def _draft(door: Door, spec: TrainSpec | RegisterSpec) -> TrainJob | RegisterJob:
+def _draft(door: Door, spec: TrainSpec | RegisterSpec) -> Job:
     if isinstance(spec, RegisterSpec):
         spec = spec.model_copy(update={"source": check_source(spec.source, door.settings.import_roots)})
     return draft(
