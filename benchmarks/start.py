@@ -21,13 +21,13 @@ from trainers.recipe.batches import BatchPlan
 from trainers.text.tokenization import tokenize_rows
 from tunesmith import clock
 from tunesmith.api.client import Client, read_on
+from tunesmith.assets.catalog import get_manifest
 from tunesmith.assets.tables import read_rows
 from tunesmith.hyperparameters.checks import resolve
 from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 from tunesmith.jobs.spec import TrainSpec
 from tunesmith.local import local_platform, ports
 from tunesmith.settings import Settings
-from tunesmith.storage import layout
 from tunesmith.storage.urls import open_storage
 
 BATCH_ROWS, MAX_LENGTH = 4, 512
@@ -157,7 +157,8 @@ def _register(client: Client, settings: Settings, rows: Path) -> Path:
         ended = client.wait(job.id)
         if ended.state != "completed":
             raise SystemExit(f"{ended.name} {ended.state}: {ended.message}")
-    folder = open_storage(settings.storage_url, settings).local_path(layout.asset_files("model", "model", 1))
+    storage = open_storage(settings.storage_url, settings)
+    folder = storage.local_path(get_manifest(storage, "model", "model@1").stored.prefix)
     assert folder is not None
     return folder
 

@@ -76,7 +76,6 @@ def main() -> int:
                 prepared,
                 console,
                 home=HOME,
-                models=Path(settings.storage_url) / "models",
                 max_steps=options.max_steps,
                 seed=options.seed,
                 flavor=options.flavor,

@@ -16,7 +16,7 @@ from demo import curve, own_file
 from demo.interrupts import uninterrupted
 from tunesmith.api.client import Client, read_on
 from tunesmith.api.views import AssetView, JobView
-from tunesmith.assets.catalog import describe_files
+from tunesmith.assets.stored_files import describe_files
 from tunesmith.cli.evaluations import by_step, side_by_side
 from tunesmith.cli.progress import show_progress
 from tunesmith.errors import ModelError, TunesmithError
@@ -87,12 +87,11 @@ def run(
     console: Console,
     *,
     home: Path,
-    models: Path,
     max_steps: int | None,
     seed: int,
     flavor: str | None,
 ) -> bool:
-    """Whether the job completed. `models` is the folder of all models in storage."""
+    """Whether the job completed."""
     started = time.monotonic()
     base = _register_model(client, prepared.order.model, console, home / "tmp" / "model")
     dataset = _register_dataset(client, prepared.order.dataset, prepared.folder, console)
@@ -112,7 +111,7 @@ def run(
     if job.state != "completed":
         return False
 
-    _show(client, job, prepared, console, models=models, curves=home / "curves")
+    _show(client, job, prepared, console, curves=home / "curves")
     console.print(f"\n{time.monotonic() - started:.0f} s from the first registration to here.", style="dim")
     return True
 
@@ -176,7 +175,7 @@ def _gguf_file() -> Path:
     return files[0]
 
 
-def _show(client: Client, job: JobView, prepared: Prepared, console: Console, *, models: Path, curves: Path) -> None:
+def _show(client: Client, job: JobView, prepared: Prepared, console: Console, *, curves: Path) -> None:
     made, _ = read_on(lambda place: client.evaluations(job.id, after=place))
     for table in (*side_by_side(made, rows=SHOWN_ROWS), by_step(made)):
         console.print(table)
@@ -186,7 +185,7 @@ def _show(client: Client, job: JobView, prepared: Prepared, console: Console, *,
         console.print(f"right to the letter: base {base} of {rows}, new model [bold green]{tuned} of {rows}[/]")
     metrics, _ = read_on(lambda place: client.metrics(job.id, names=["loss", "eval_loss"], after=place))
     _show_losses(metrics, job, console, curves / f"{job.output.replace('@', '-')}.png")
-    console.print(f"new model:           {_folder(models, job.output)}", soft_wrap=True)
+    console.print(f"new model:           {client.model(job.output).files_url}", soft_wrap=True)
 
 
 def _exact(made: Evaluation) -> int:
@@ -199,11 +198,6 @@ def _show_losses(metrics: Sequence[MetricLine], job: JobView, console: Console, 
     curve.draw(metrics, file, title=f"{job.output} from {job.job['model']} on {job.job['dataset']}")
     console.print(f"held-out loss:       {held_out[0]:.3f} before, [bold green]{held_out[-1]:.3f}[/] after")
     console.print(f"loss curve:          {file}", soft_wrap=True)
-
-
-def _folder(models: Path, ref: str) -> Path:
-    name, _, version = ref.partition("@")
-    return models / name / version / "files"
 
 
 def _say(console: Console, what: str) -> None:

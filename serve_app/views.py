@@ -7,6 +7,7 @@ import json
 from tunesmith.api.views import AssetView, EventView, JobView
 from tunesmith.assets.catalog import Manifest
 from tunesmith.records.store import Event, Record
+from tunesmith.storage import layout
 
 
 def job_view(record: Record) -> JobView:
@@ -45,7 +46,8 @@ def event_view(event: Event) -> EventView:
     )
 
 
-def asset_view(manifest: Manifest) -> AssetView:
+def asset_view(manifest: Manifest, root: str) -> AssetView:
+    """`root` is the URL of the storage."""
     return AssetView(
         kind=manifest.kind,
         name=manifest.name,
@@ -57,6 +59,7 @@ def asset_view(manifest: Manifest) -> AssetView:
         job=manifest.job,
         created_at=manifest.created_at,
         size_bytes=sum(file.size_bytes for file in manifest.files),
+        files_url=layout.join(root, manifest.stored.prefix),
         files=manifest.files,
         tables=manifest.tables,
         details=manifest.details,

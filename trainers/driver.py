@@ -8,8 +8,9 @@ import os
 import socket
 import time
 
-from trainers.attempt.context import Attempt, published
+from trainers.attempt.context import Attempt
 from trainers.attempt.stop_watch import StopWatch, stopped
+from tunesmith.assets.catalog import published
 from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, SpecError, StorageError, UnavailableError
 from tunesmith.jobs import attempts
@@ -58,7 +59,7 @@ def drive(job_url: str, number: int, settings: Settings) -> int:
 def _run(attempt: Attempt) -> Result:
     job = attempt.job
     try:
-        if published(attempt.storage, job) is not None:
+        if published(attempt.storage, *job.output, by=job.id) is not None:
             return Result(outcome="completed", message="it was published by an earlier attempt", time=utc_text())
         attempt.stop.look()
         if (reason := attempt.stop.reason) is not None:

@@ -100,6 +100,12 @@ class StorageError(TunesmithError):
     status = 503
 
 
+class DamagedError(TunesmithError):
+    """A file in storage is not what its manifest says."""
+
+    code = "damaged_file"
+
+
 class UnavailableError(TunesmithError):
     """Something the platform needs does not answer just now; the same call may go through later."""
 

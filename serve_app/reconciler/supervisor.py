@@ -16,8 +16,8 @@ from serve_app.reconciler.event_lines import EventLines
 from serve_app.reconciler.launcher import ALIVE, STOP_WAIT_S, Launcher, RayJob
 from serve_app.reconciler.lease import LeasedRecords
 from tunesmith import clock
-from tunesmith.assets.catalog import Manifest
-from tunesmith.errors import NotFoundError
+from tunesmith.assets.catalog import published
+from tunesmith.errors import ConflictError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, EventLine, Result
 from tunesmith.jobs.spec import RegisterJob
@@ -171,10 +171,9 @@ class Supervisor:
 
     def _is_published(self, record: Record) -> bool:
         try:
-            manifest = Manifest.model_validate_json(self._storage.get(layout.asset_manifest(*record.output)))
-        except NotFoundError:
+            return published(self._storage, *record.output, by=record.id) is not None
+        except ConflictError:  # another job did: the next attempt will say so
             return False
-        return manifest.job == record.id
 
     def _close(self, record: Record, result: Result) -> None:
         if result.outcome == "lost" and record.status.state != "stopping":

@@ -20,7 +20,6 @@ from tunesmith.errors import NotFoundError, SpecError
 from tunesmith.frozen import Frozen
 from tunesmith.jobs.flavors import Flavor, load_flavors
 from tunesmith.jobs.spec import RegisterSpec
-from tunesmith.storage import layout
 from tunesmith.storage.layout import check_name
 
 router = APIRouter(prefix="/v1")
@@ -73,10 +72,9 @@ def get_model(door: DoorDep, ref: str) -> AssetView:
 def get_dataset_readme(door: DoorDep, ref: str) -> Response:
     """What a model that brings its own training says its datasets must look like: its `dataset_readme.md`."""
     manifest = _manifest(door, "model", ref)
-    key = layout.asset_files("model", manifest.name, manifest.version)
     if manifest.gallery is None or manifest.gallery.problems:
         raise NotFoundError(f"{manifest.ref} has no {README}", fields=["ref"], code="no_dataset_readme")
-    text = door.storage.get(f"{key}/{FOLDER}/{README}")
+    text = manifest.stored.read(door.storage, f"{FOLDER}/{README}")
     return Response(text, media_type="text/markdown; charset=utf-8")
 
 
@@ -129,11 +127,13 @@ def register_dataset(
 def _list(door: Door, kind: str, name: str | None) -> Page[AssetView]:
     if name is not None:
         check_name(name, field="name")
-    return Page(items=[asset_view(each) for each in list_manifests(door.storage, kind, name=name)], next=None)
+    return Page(
+        items=[asset_view(each, door.storage.url) for each in list_manifests(door.storage, kind, name=name)], next=None
+    )
 
 
 def _get(door: Door, kind: str, ref: str) -> AssetView:
-    return asset_view(_manifest(door, kind, ref))
+    return asset_view(_manifest(door, kind, ref), door.storage.url)
 
 
 def _manifest(door: Door, kind: str, ref: str) -> Manifest:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.support import tiny
-from tunesmith.assets.catalog import Manifest, Table, describe_files, publish
+from tunesmith.assets.catalog import Manifest, Table, publish
+from tunesmith.assets.stored_files import describe_files
 from tunesmith.cli import main
 from tunesmith.clock import utc_text
 from tunesmith.jobs.audit_report import AuditReport
@@ -47,7 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def put(storage: FolderStorage, kind: Any, name: str, folder: Path, **options: Any) -> None:
     storage.upload_folder(folder, f"{kind}s/{name}/1/files")
     made = {"created_at": utc_text(), "account": "operator", "job": "job-0", **options}
-    publish(storage, Manifest(kind=kind, name=name, version=1, files=describe_files(folder), **made))
+    publish(storage, Manifest(kind=kind, name=name, version=1, folder="files", files=describe_files(folder), **made))
 
 
 def test_people_see_rows_with_their_trained_part_marked_and_the_counts(run: Run) -> None:

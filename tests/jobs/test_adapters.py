@@ -8,9 +8,10 @@ import pytest
 
 from tests.support import stage
 from tunesmith.assets import catalog
+from tunesmith.assets.stored_files import describe_files
 from tunesmith.errors import SpecError
 from tunesmith.jobs import adapters, attempts
-from tunesmith.jobs.attempts import Result
+from tunesmith.jobs.attempts import CheckpointManifest, Result
 from tunesmith.jobs.drafting import draft
 from tunesmith.jobs.spec import TextJob, TrainSpec
 from tunesmith.storage import layout
@@ -24,10 +25,19 @@ def storage(tmp_path: Path) -> FolderStorage:
     stage.publish_inputs(storage)
     tuned = {"task_type": "text-question-answering", "base": "tiny@1", "dataset": "sums@1"}
     catalog.publish(storage, stage.make_manifest("model", "tiny", 2, task_type="text-question-answering"))
-    catalog.publish(storage, stage.make_manifest("model", "tuned", **tuned, details={"adapter": True}))
+    folder = adapter_folder(tmp_path / "tuned", rank=4)
+    storage.upload_folder(folder, "models/tuned/1/files")
+    files = describe_files(folder)
+    catalog.publish(storage, stage.make_manifest("model", "tuned", **tuned, files=files, details={"adapter": True}))
     catalog.publish(storage, stage.make_manifest("model", "whole", **tuned))
-    storage.put(f"{adapters.key('tuned@1')}/adapter_config.json", json.dumps({"r": 4, "lora_alpha": 32}).encode())
     return storage
+
+
+def adapter_folder(folder: Path, *, rank: int) -> Path:
+    """What a model or a checkpoint holds of an adapter's settings."""
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": 32}))
+    return folder
 
 
 def order(storage: FolderStorage, finetuned_model: Any, *, model: str = "tiny@1", **given: Any) -> TextJob:
@@ -81,9 +91,11 @@ def leave_checkpoints(storage: FolderStorage, *, ended: bool = True) -> None:
     storage.put(layout.job_json("job-0"), job.model_dump_json().encode())
     for attempt, step in ((1, 5), (2, 9), (2, 12)):
         key = layout.checkpoint("job-0", attempt, step)
-        storage.put(f"{key}/adapter/adapter_config.json", json.dumps({"r": step, "lora_alpha": 32}).encode())
+        folder = adapter_folder(storage.root.parent / str(step), rank=step)
+        storage.upload_folder(folder, key)
         if step != 12:
-            storage.put(f"{key}/manifest.json", b"{}")
+            manifest = CheckpointManifest(step=step, files=describe_files(folder))
+            storage.put(layout.checkpoint_manifest(key), manifest.model_dump_json().encode())
     attempts.finish(storage, "job-0", 1, Result(outcome="lost", time="t"))
     if ended:
         attempts.finish(storage, "job-0", 2, Result(outcome="stopped", time="t"))
@@ -102,7 +114,7 @@ def test_a_stopped_jobs_checkpoint_is_gone_on_from(storage: FolderStorage, given
     leave_checkpoints(storage)
     made = order(storage, given.format(root=storage.url)).hyperparameters
     assert (made.finetuned_model, made.lora_rank, made.lora_alpha) == (key, rank, 32)
-    assert adapters.key(key) == f"{key}/adapter"
+    assert adapters.adapter_files(storage, key).prefix == f"{key}/adapter"
     # A clone of that order means the same.
     assert order(storage, key).hyperparameters == made
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.support import galleries, jobs
-from tests.support.publishing import publish
+from tests.support.publishing import files_key, publish
 from tests.support.ray_fixture import Running
 from trainers.programs import sandbox
 from trainers.programs.program import Program
@@ -120,7 +120,7 @@ def run(running: Running, folder: Path, name: str, train: str, **order: Any) -> 
     assert ended.state == "completed", (ended, jobs.log(running, job.id, "0"), jobs.log(running, job.id, "driver"))
     assert not [path for place in (running.settings.home, Path("/tmp/ray")) for path in place.glob("**/was-here")]
     assert not (Path.home() / "was-here").exists()
-    return json.loads(running.storage.get(f"models/{name}-new/1/files/got.json"))
+    return json.loads(running.storage.get(f"{files_key(running.storage, f'{name}-new')}/got.json"))
 
 
 def hostile(running: Running, job_id: str, *then: str) -> str:

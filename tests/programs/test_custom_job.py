@@ -8,6 +8,7 @@ import pytest
 
 from tests.support import galleries, jobs, programs
 from tests.support.programs import Start
+from tests.support.publishing import files_key
 from tests.support.ray_fixture import Running
 
 pytestmark = pytest.mark.ray
@@ -80,10 +81,9 @@ def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:
         "tabular",
         "custom",
     )
-    key = f"models/{view.name}/1/files"
-    assert platform.storage.get(f"{key}/README.md") == platform.storage.get(
-        f"models/{job.job['model'].split('@')[0]}/1/files/README.md"
-    )
+    key = files_key(platform.storage, view.ref)
+    base = files_key(platform.storage, job.job["model"])
+    assert platform.storage.get(f"{key}/README.md") == platform.storage.get(f"{base}/README.md")
     assert json.loads(platform.storage.get(f"{key}/training_logs/user_params.json"))["epochs"] == 2
     seen = json.loads(platform.storage.get(f"{key}/seen.json"))
     assert seen.pop("pids") < 10
@@ -151,7 +151,7 @@ def test_two_workers_meet_and_a_failed_one_ends_the_other(platform: Running, sta
     ended = platform.client.wait(job.id)
     assert ended.state == "completed", (ended, jobs.log(platform, job.id, "0"), jobs.log(platform, job.id, "1"))
     name = ended.output.split("@")[0]
-    assert platform.storage.get(f"models/{name}/1/files/total.txt") == b"3.0 2 0"
+    assert platform.storage.get(f"{files_key(platform.storage, name)}/total.txt") == b"3.0 2 0"
     job = start("sys.exit(3) if env['RANK'] == '1' else time.sleep(1000)", cards=2)
     ended = platform.client.wait(job.id)  # far less than the other would sleep
     assert (ended.state, "worker 1 ended with exit code 3" in (ended.message or "")) == ("failed", True)
@@ -173,7 +173,7 @@ def test_a_lost_worker_is_a_new_attempt_with_the_output_there(platform: Running,
     ended = platform.client.wait(job.id)
     assert (ended.state, ended.attempt) == ("completed", 2), ended
     name = ended.output.split("@")[0]
-    assert platform.storage.get(f"models/{name}/1/files/second.txt") == b"from before"
+    assert platform.storage.get(f"{files_key(platform.storage, name)}/second.txt") == b"from before"
 
 
 def test_a_program_that_takes_more_memory_than_its_flavor_is_ended(platform: Running, start: Start) -> None:

@@ -18,6 +18,7 @@ from tests.support.stage import make_manifest
 from tunesmith.assets.cards import read_card
 from tunesmith.assets.catalog import publish
 from tunesmith.assets.gallery import read_gallery
+from tunesmith.assets.stored_files import describe_files
 from tunesmith.cli import main
 from tunesmith.jobs.spec import CustomJob, RegisterJob, TextJob, parse_job
 from tunesmith.storage.base import Storage
@@ -35,14 +36,15 @@ def models(storage: Storage, tmp_path: Path) -> None:
 def publish_models(storage: Storage, folder: Path) -> None:
     gallery = read_gallery(galleries.make(folder / "table"), read_card(folder / "table"))
     assert gallery is not None
-    publish(storage, make_manifest("model", "table", task_type="tabular", gallery=gallery, language_model=False))
+    files = describe_files(folder / "table")
+    storage.upload_folder(folder / "table", "models/table/1/files")
+    table = {"task_type": "tabular", "gallery": gallery, "language_model": False}
+    publish(storage, make_manifest("model", "table", files=files, **table))
     publish(storage, make_manifest("model", "chat", task_type="text-generation", gallery=gallery, language_model=True))
     in_image = gallery.model_copy(update={"image_url": "registry/train:1"})
     publish(storage, make_manifest("model", "boxed", task_type="tabular", gallery=in_image, language_model=False))
     publish(storage, make_manifest("model", "stone", task_type="tabular", language_model=False))
     publish(storage, make_manifest("dataset", "pictures"))
-    for path in (folder / "table" / "gallery_train").iterdir():
-        storage.upload_file(path, f"models/table/1/files/gallery_train/{path.name}")
 
 
 def plan(client: TestClient, **changes: Any) -> TextJob | CustomJob:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.support import galleries, jobs
+from tests.support.publishing import files_key
 from tests.support.ray_fixture import Running, running_platform
 from tunesmith import processes
 from tunesmith.api.views import JobView
@@ -335,9 +336,8 @@ def messages(running: Running, job: JobView) -> str:
     return "\n".join(event.message or "" for event in jobs.events(running, job.id))
 
 
-def files_of(ended: JobView) -> str:
-    name, _, version = ended.output.partition("@")
-    return f"models/{name}/{version}/files"
+def files_of(running: Running, ended: JobView) -> str:
+    return files_key(running.storage, ended.output)
 
 
 def inputs(running: Running) -> dict[str, bytes]:
@@ -364,7 +364,7 @@ def test_a_worker_that_is_killed_leaves_no_process_and_the_job_completes_once(
     ended = wait(running, job)
     assert (ended.state, ended.attempt) == ("completed", 2), ended
     assert "the output has 1 files that an earlier attempt left" in messages(running, job)
-    assert running.storage.get(f"{files_of(ended)}/second.txt") == b"from before"
+    assert running.storage.get(f"{files_of(running, ended)}/second.txt") == b"from before"
     assert [event.state for event in jobs.events(running, job.id)].count("completed") == 1
 
 
@@ -398,7 +398,7 @@ def test_a_noisy_program_completes_with_its_bad_lines_quoted_and_its_inputs_unto
     log = jobs.log(running, job.id, "0")
     assert f"{'x' * 100} [{100_000_000 - (16 << 10)} bytes of this line are left out]\nthe end\n" in log
     assert len(log) < 5_000_000
-    assert json.loads(running.storage.get(f"{files_of(ended)}/done.json")) == []
+    assert json.loads(running.storage.get(f"{files_of(running, ended)}/done.json")) == []
     assert inputs(running) == before
 
 
@@ -507,8 +507,8 @@ def test_requirements_that_install_are_there_and_those_that_do_not_say_why(
     first, second = (order(running, name, hyperparameters={"code": "pass"}) for name in ("fine", "bad"))
     ended = wait(running, first)
     assert ended.state == "completed", (ended, jobs.log(running, first.id, "0"))
-    assert running.storage.get(f"{files_of(ended)}/word.txt") == b"here"
-    lock = running.storage.get(f"{files_of(ended)}/training_logs/requirements.lock").decode()
+    assert running.storage.get(f"{files_of(running, ended)}/word.txt") == b"here"
+    lock = running.storage.get(f"{files_of(running, ended)}/training_logs/requirements.lock").decode()
     assert lock.startswith("thing==1.0 --hash=sha256:")
     assert [event.phase for event in jobs.events(running, first.id) if event.phase] == [
         "fetch",
@@ -551,7 +551,7 @@ def test_a_setup_py_that_attacks_gets_nothing_and_leaves_nothing(
     job = order(running, "evil", hyperparameters={"code": '"98101"'})
     ended = wait(running, job)
     assert ended.state == "completed", (ended, jobs.log(running, job.id, "0"))
-    seen = json.loads(running.storage.get(f"{files_of(ended)}/seen.json"))
+    seen = json.loads(running.storage.get(f"{files_of(running, ended)}/seen.json"))
     inside = seen.pop("processes")
     assert len(inside) < 10 and not any("raylet" in command for command in inside)
     assert set(seen.pop("written")) <= {str(home), str(home / "cache")}

@@ -7,7 +7,7 @@ import pytest
 
 from examples.topics.__main__ import make as make_topics
 from tests.support import jobs
-from tests.support.publishing import publish
+from tests.support.publishing import files_key, publish
 from tests.support.ray_fixture import Running
 from tunesmith.assets.model_folder import read_model_folder
 from tunesmith.jobs.spec import TrainSpec
@@ -33,7 +33,7 @@ def test_spirals_are_told_apart_by_two_workers_as_by_one(platform: Running) -> N
     for cards in (1, 2):
         ended = client.wait(client.submit(TrainSpec.model_validate({**order, "cards": cards})).id)
         assert ended.state == "completed", (ended, jobs.log(platform, ended.id, "0"))
-        key = f"models/told-apart/{ended.output.split('@')[1]}/files/accuracy.json"
+        key = f"{files_key(platform.storage, ended.output)}/accuracy.json"
         assert json.loads(platform.storage.get(key))["accuracy"] > 0.95
         curves.append({line.step: line.value for line in jobs.metrics(platform, ended.id, "loss")})
     assert len(curves[0]) == 200
@@ -50,7 +50,7 @@ def test_a_pretrained_encoder_becomes_a_classifier(platform: Running, tmp_path: 
     order = {"model": "topics", "dataset": "topics", "flavor": "cpu-small", "output_model": "sorted", "method": "full"}
     ended = client.wait(client.submit(TrainSpec.model_validate({**order, "hyperparameters": {"epochs": 2}})).id)
     assert ended.state == "completed", (ended, jobs.log(platform, ended.id, "0"))
-    report = json.loads(platform.storage.get("models/sorted/1/files/accuracy.json"))
+    report = json.loads(platform.storage.get(f"{files_key(platform.storage, 'sorted')}/accuracy.json"))
     assert report["accuracy"] > 0.9 > report["accuracy_before"]
     files = {file.path: file.sha256 for file in client.model("sorted").files}
     base = {file.path: file.sha256 for file in view.files}

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import galleries, jobs, programs
 from tests.support.programs import Start
+from tests.support.publishing import files_key
 from tests.support.ray_fixture import Running
 from tunesmith import processes
 from tunesmith.api.views import JobView
@@ -80,7 +81,7 @@ def test_a_model_with_an_image_becomes_a_new_model(platform: Running, start: Sta
         "weights.pt",
     }
     assert view.training is not None and (view.training.default, view.training.others) == ("custom", [])
-    key = f"models/{view.name}/1/files"
+    key = files_key(platform.storage, view.ref)
     assert json.loads(platform.storage.get(f"{key}/seen.json")) == {
         "secrets": [],
         "paths": [],
@@ -141,5 +142,5 @@ def test_a_lost_worker_takes_its_container_along_and_the_next_attempt_goes_on(
     ended = platform.client.wait(job.id)
     assert (ended.state, ended.attempt) == ("completed", 2), ended
     name = ended.output.split("@")[0]
-    assert platform.storage.get(f"models/{name}/1/files/second.txt") == b"from before"
+    assert platform.storage.get(f"{files_key(platform.storage, name)}/second.txt") == b"from before"
     assert not list(Path("/sys/fs/cgroup").glob(f"**/*{job.id}*"))

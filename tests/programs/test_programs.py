@@ -341,8 +341,8 @@ def test_no_link_of_an_output_is_followed(tmp_path: Path) -> None:
     (output / "file").symlink_to(tmp_path / "secrets" / "key")
     (output / "folder").symlink_to(tmp_path / "secrets")
     os.mkfifo(output / "pipe")
-    stored, left_out = outputs.store(storage, output, "x")
-    assert [file.path for file in stored] == ["deep/a"]
+    stored, left_out = outputs.store(output, lambda local, path: storage.upload_file(local, f"x/{path}"))
+    assert stored == ["deep/a"]
     assert sorted(left_out) == ["file", "folder", "pipe"]
     assert [entry.key for entry in storage.entries()] == ["x/deep/a"]
     for path in ("file", "folder/key"):

@@ -31,7 +31,8 @@ from trainers.text_job import training_run
 from trainers.text_job.job_data import load_data
 from trainers.text_job.products import write_products
 from trainers.text_job.stored_checkpoints import upload_checkpoint
-from tunesmith.assets.catalog import Manifest, describe_files
+from tunesmith.assets.catalog import Manifest
+from tunesmith.assets.stored_files import describe_files
 from tunesmith.assets.tables import describe
 from tunesmith.clock import utc_text
 from tunesmith.errors import SpecError, WorkerLostError

@@ -73,7 +73,7 @@ def test_a_dataset_is_described_file_by_file(storage: Storage, settings: Setting
         "b.csv": (["q", "r"], 1),
     }
     assert [file.path for file in manifest.files] == ["a.jsonl", "b.csv", "notes.txt"]
-    assert storage.get("datasets/tiny/1/files/b.csv") == b"q,r\n1,2\n"
+    assert storage.get(f"{manifest.stored.prefix}/b.csv") == b"q,r\n1,2\n"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_custom_model_is_taken_with_what_it_allows(storage: Storage, settings:
     assert manifest.training.allowed == ["custom"]
     assert manifest.gallery is not None
     assert [method.name for method in manifest.gallery.methods] == ["full", "head"]
-    assert storage.exists("models/tiny/1/files/gallery_train/train.py")
+    assert storage.exists(f"{manifest.stored.prefix}/gallery_train/train.py")
 
 
 def test_a_custom_model_has_the_text_types_only_where_its_files_are_a_language_model(

@@ -11,6 +11,7 @@ from tests.support.ray_fixture import Running
 from trainers.attempt.context import Attempt
 from trainers.attempt.stop_watch import StopWatch
 from trainers.registration.registration import run_registration
+from tunesmith.assets.catalog import get_manifest
 from tunesmith.clock import utc_text
 from tunesmith.jobs.attempts import EventWriter
 from tunesmith.jobs.drafting import draft, new_job_id
@@ -18,6 +19,11 @@ from tunesmith.jobs.spec import RegisterJob, RegisterSpec
 from tunesmith.settings import Settings
 from tunesmith.storage.base import Storage
 from tunesmith.storage.folder import FolderStorage
+
+
+def files_key(storage: Storage, ref: str, kind: Literal["model", "dataset"] = "model") -> str:
+    """Where the files of a published version lie: below this key."""
+    return get_manifest(storage, kind, ref).stored.prefix
 
 
 def publish(running: Running, asset: Literal["model", "dataset"], name: str, source: Path) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from serve_app.reconciler.launcher import ALIVE, RayJob
 from serve_app.reconciler.reconciler import Reconciler
-from tunesmith.assets.catalog import File, Manifest, Table, publish
+from tunesmith.assets.catalog import Manifest, Table, publish
+from tunesmith.assets.stored_files import File
 from tunesmith.clock import utc_text
 from tunesmith.errors import UnavailableError
 from tunesmith.jobs import attempts
@@ -53,7 +54,8 @@ def make_manifest(kind: Any, name: str, version: int = 1, **options: Any) -> Man
         kind=kind,
         name=name,
         version=version,
-        files=[File(path="a", size_bytes=3, sha256="0" * 64)],
+        folder="files",
+        files=options.pop("files", [File(path="a", size_bytes=3, sha256="0" * 64)]),
         created_at=utc_text(NOW),
         account="operator",
         job=options.pop("job", "job-0"),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import jobs, tiny
-from tests.support.publishing import publish
+from tests.support.publishing import files_key, publish
 from tests.support.ray_fixture import Running
 from trainers.recipe.evaluation import score
 from tunesmith.clock import seconds
@@ -40,9 +40,7 @@ def losses(running: Running, job_id: str) -> dict[int, float]:
 
 
 def model_files(running: Running, job_id: str) -> Path:
-    ref = running.client.job(job_id).output
-    name, _, version = ref.partition("@")
-    folder = running.storage.local_path(layout.asset_files("model", name, int(version)))
+    folder = running.storage.local_path(files_key(running.storage, running.client.job(job_id).output))
     assert folder is not None
     return folder
 
@@ -116,7 +114,7 @@ def test_an_order_becomes_a_new_model(ready: Running) -> None:
         "text-question-answering",
     )
     folder = model_files(ready, job.id)
-    base = ready.storage.local_path("models/tiny/1/files")
+    base = ready.storage.local_path(files_key(ready.storage, "tiny@1"))
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits

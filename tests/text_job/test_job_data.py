@@ -15,7 +15,8 @@ from trainers.text import tokenization
 from trainers.text_job.job_data import prepare
 from trainers.text_job.training_run import run_training
 from tunesmith.assets import tables
-from tunesmith.assets.catalog import Manifest, describe_files, publish
+from tunesmith.assets.catalog import Manifest, publish
+from tunesmith.assets.stored_files import describe_files
 from tunesmith.assets.tables import describe
 from tunesmith.clock import utc_text
 from tunesmith.errors import DataError
@@ -42,7 +43,7 @@ def attempt_on(
 ) -> tuple[Attempt, TextJob]:
     """The first attempt of a job over `rows`, with the model and the rows published."""
     storage = FolderStorage(Path(settings.storage_url))
-    files = {kind: storage.root / layout.asset_files(kind, "tiny", 1) for kind in ("model", "dataset")}
+    files = {kind: storage.root / layout.asset_files(kind, "tiny", 1, "files") for kind in ("model", "dataset")}
     tiny.make_model(files["model"])
     files["dataset"].mkdir(parents=True)
     (files["dataset"] / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -54,6 +55,7 @@ def attempt_on(
                 kind=kind,
                 name="tiny",
                 version=1,
+                folder="files",
                 files=describe_files(folder),
                 created_at=utc_text(),
                 account="operator",

@@ -95,12 +95,14 @@ def test_a_job_without_a_door_leaves_the_same_and_is_adopted(
     assert {f"checkpoints/{step}/manifest.json" for step in steps} <= set(attempt)
     assert len([key for key in own if key.startswith("attempts/")]) == len(attempt), "one attempt"
     manifest = json.loads(running.storage.get("models/tuned/1/manifest.json"))
-    stored = {key.removeprefix("models/tuned/1/files/"): size for key, size in keys.items() if "tuned/1/files/" in key}
+    files = f"models/tuned/1/{manifest['folder']}/"
+    assert manifest["folder"].startswith(f"files-{job_id}-a1-")
+    stored = {key.removeprefix(files): size for key, size in keys.items() if key.startswith(files)}
     assert {file["path"]: file["size_bytes"] for file in manifest["files"]} == stored
     assert manifest["job"] == job_id
     assert {key.split("/")[0] for key in keys} == {"models", "datasets", "jobs", "cache"}
 
-    running.storage.download_file("models/tuned/1/files/adapter/adapter_model.safetensors", tmp_path / "a.safetensors")
+    running.storage.download_file(f"{files}adapter/adapter_model.safetensors", tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert any("lora_A" in name for name in file.keys())  # noqa: SIM118 - it is no dict
 

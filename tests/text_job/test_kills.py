@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support import jobs, tiny
+from tests.support.publishing import files_key
 from tests.support.ray_fixture import Running, running_platform
 from tests.support.waiting import until
 from trainers.recipe.batches import BatchPlan
@@ -86,8 +87,7 @@ def reported(running: Running, job_id: str, attempt: int) -> list[MetricLine]:
 
 
 def adapter(running: Running, job_id: str) -> Path:
-    name, _, version = running.client.job(job_id).output.partition("@")
-    folder = running.storage.local_path(layout.asset_files("model", name, int(version)))
+    folder = running.storage.local_path(files_key(running.storage, running.client.job(job_id).output))
     assert folder is not None
     return folder / "adapter" / "adapter_model.safetensors"
 

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.s3_server import BUCKET, endpoint, free_ports, s3_keys, s3_process
 from tests.support import galleries, jobs
-from tests.support.publishing import publish
+from tests.support.publishing import files_key, publish
 from tests.support.ray_fixture import Running, running_platform
 from tunesmith.api.client import Client
 from tunesmith.api.views import JobView
@@ -102,7 +102,7 @@ def assert_nothing_is_lost(running: Running, job_id: str, steps: int, save_steps
         assert_whole(running.storage, checkpoint.key, checkpoint.key)
     name, _, version = running.client.job(job_id).output.partition("@")
     key = layout.asset("model", name, int(version))
-    assert_whole(running.storage, key, layout.asset_files("model", name, int(version)))
+    assert_whole(running.storage, key, files_key(running.storage, f"{name}@{version}"))
 
 
 def assert_whole(storage: Storage, key: str, files: str) -> None:
@@ -183,8 +183,7 @@ pathlib.Path(os.environ["ENV_AG_TRAIN_OUTPUT_DIR"], "weights").write_bytes(b"tun
     assert [int(step) for step, _ in said] == list(range(1, 41))
     assert away < float(said[-1][1]) < back
     assert [line.step for line in jobs.metrics(running, job.id, "loss")] == list(range(1, 41))
-    name, _, version = ended.output.partition("@")
-    assert running.storage.get(f"{layout.asset_files('model', name, int(version))}/weights") == b"tuned"
+    assert running.storage.get(f"{files_key(running.storage, ended.output)}/weights") == b"tuned"
 
 
 @pytest.mark.soak

@@ -10,12 +10,10 @@ from tests.support import tiny
 from trainers.recipe.device import pick_device
 from trainers.recipe.lora import load_model
 from trainers.recipe.strategy import trained_parameters
-from trainers.text_job.products import merge, upload_products, write_products
+from trainers.text_job.products import merge, write_products
 from trainers.text_job.stored_checkpoints import newest_checkpoint, upload_checkpoint
-from tunesmith.clock import utc_text
-from tunesmith.errors import LeaseLostError, ModelError
+from tunesmith.errors import ModelError
 from tunesmith.jobs import attempts
-from tunesmith.jobs.attempts import Result
 from tunesmith.jobs.spec import TextJob
 from tunesmith.storage import layout
 from tunesmith.storage.folder import FolderStorage
@@ -79,14 +77,6 @@ def test_a_merge_that_leaves_out_the_scale_is_caught(base: Path, monkeypatch: py
     with pytest.raises(ModelError) as caught:
         merge(tuned(base))
     assert caught.value.code == "merge_failed"
-
-
-def test_an_attempt_that_was_given_up_stores_no_product(base: Path, tmp_path: Path) -> None:
-    storage = FolderStorage(tmp_path / "storage")
-    attempts.finish(storage, "job-1", 1, Result(outcome="lost", time=utc_text()))
-    with pytest.raises(LeaseLostError):
-        upload_products(storage, base, make_job(), 1)
-    assert storage.children("models") == []
 
 
 def checkpoint(folder: Path, text: str) -> Path:

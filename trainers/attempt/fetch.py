@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 import uuid
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.assets.catalog import Manifest, get_manifest
+from tunesmith.assets.stored_files import StoredFiles
 from tunesmith.settings import Settings
-from tunesmith.storage import layout
-from tunesmith.storage.base import Storage
+from tunesmith.storage.base import PARTIAL, Storage
 
 
 @dataclass(frozen=True)
@@ -22,40 +23,58 @@ class Fetched:
     """A model or dataset at hand."""
 
     folder: Path
-    """Its files; read only."""
+    """Its files and no others; read only."""
     manifest: Manifest
 
 
 @contextmanager
-def local_copy(storage: Storage, key: str) -> Iterator[Path]:
-    """The folder `key` of `storage` on this machine's disk: where it lies, else a copy for as long as the context."""
-    local = storage.local_path(key)
+def local_copy(storage: Storage, stored: StoredFiles) -> Iterator[Path]:
+    """The files on this machine's disk, checked: where they lie, else as a copy for as long as the context."""
+    local = storage.local_path(stored.prefix)
     if local is not None:
+        stored.check(local)
         yield local
         return
     with tempfile.TemporaryDirectory() as folder:
-        storage.download_folder(key, Path(folder))
+        stored.copy(storage, Path(folder))
         yield Path(folder)
 
 
 def fetch(storage: Storage, kind: str, ref: str, settings: Settings) -> Fetched:
-    """The model or dataset `NAME@VERSION`, where it lies on disk, else as a copy made once a node.
+    """The files of the model or dataset `NAME@VERSION`: where they lie on disk, else a copy that is made once a node.
 
-    Copies are kept under the installation's home, by storage and manifest. SpecError where there is no such version.
+    Copies are kept under the installation's home, by storage and manifest, and each file's size and hash are checked as
+    it is copied. Files that are read where they lie are checked by size each time and by hash once a node, which a note
+    under the home remembers: a large model is not read through for every job.
+    Raises SpecError where there is no such version, DamagedError where a file is not what the manifest says.
     """
     manifest = get_manifest(storage, kind, ref)
-    prefix = layout.asset_files(kind, manifest.name, manifest.version)
-    local = storage.local_path(prefix)
-    if local is not None:
-        return Fetched(local, manifest)
+    stored = manifest.stored
     key = hashlib.sha256(f"{storage.url}\0{manifest.model_dump_json()}".encode()).hexdigest()[:32]
+    local = storage.local_path(stored.prefix)
+    # Where a folder holds more than the manifest lists, only a copy is without the rest.
+    if local is not None and _paths(local) <= {file.path for file in stored.files}:
+        _check_once(stored, local, settings.home / "cache" / "checked" / key)
+        return Fetched(local, manifest)
     place = settings.home / "cache" / "fetched" / key
-    if place.is_dir():
-        return Fetched(place, manifest)
-    # Several workers of a node may fetch at once: each into a folder of its own, and the first one's stands.
-    partial = place.with_name(f".{key}-{uuid.uuid4().hex}")
+    if not place.is_dir():
+        _copy(storage, stored, place)
+    return Fetched(place, manifest)
+
+
+def _check_once(stored: StoredFiles, folder: Path, note: Path) -> None:
+    """Check the files in their place, by hash where no `note` says that this node did so before."""
+    stored.check(folder, hashes=not note.exists())
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.touch()
+
+
+def _copy(storage: Storage, stored: StoredFiles, place: Path) -> None:
+    """Several workers of a node may copy at once: each into a folder of its own, and the first one's stands."""
+    partial = place.with_name(f".{place.name}-{uuid.uuid4().hex}")
+    partial.mkdir(parents=True)
     try:
-        storage.download_folder(prefix, partial)
+        stored.copy(storage, partial)
         try:
             partial.rename(place)
         except OSError:
@@ -63,4 +82,13 @@ def fetch(storage: Storage, kind: str, ref: str, settings: Settings) -> Fetched:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Fetched(place, manifest)
+
+
+def _paths(folder: Path) -> set[str]:
+    """What lies below a folder, relative to it; without what is not written to its end."""
+    return {
+        Path(above, name).relative_to(folder).as_posix()
+        for above, _, names in os.walk(folder)
+        for name in names
+        if not name.startswith(PARTIAL)
+    }

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from trainers.attempt.context import Attempt
+from trainers.attempt.publication import publish
 from trainers.attempt.report_writer import ReportWriter, report_writer
 from trainers.attempt.stop_watch import StoppedError, StopWatch, stopped
 from trainers.programs.program_output import drop_output, keep_output, publish_output
 from trainers.programs.program_task import ProgramTask
 from trainers.programs.program_worker import Said, free_port, run_program
 from tunesmith.assets import catalog, image_references
-from tunesmith.assets.catalog import Manifest
+from tunesmith.assets.catalog import Description
 from tunesmith.clock import utc_text
 from tunesmith.jobs.attempts import Result
 from tunesmith.jobs.spec import CustomJob
@@ -124,20 +125,12 @@ class _Gang:
         attempt, job = self._attempt, self._job
         attempt.events.write(phase="publish")
         attempt.events.flush()
-        files, left_out, language_model = self._on_bundle(0, publish_output)(self._workers[0])
+        made, left_out, language_model = self._on_bundle(0, publish_output)(self._workers[0])
         if left_out:
             names = ", ".join(left_out[:10])
             attempt.events.write(f"not taken into the model: {names} (links, or the base model's own files)")
         base = catalog.get_manifest(attempt.storage, "model", job.model)
-        _, name, version = job.output
-        manifest = Manifest(
-            kind="model",
-            name=name,
-            version=version,
-            files=files,
-            created_at=utc_text(),
-            account=job.account,
-            job=job.id,
+        about = Description(
             task_type=base.task_type,
             framework=base.framework,
             license=base.license,
@@ -146,10 +139,10 @@ class _Gang:
             gallery=base.gallery,
             language_model=language_model,
         )
-        catalog.publish(attempt.storage, manifest)
+        publish(attempt, made, about)
         # Only now: an attempt that is lost before the manifest leaves the output to the next one.
         self._on_bundle(0, drop_output)(self._workers[0])
-        message = f"{job.output_model}: {len(files)} files"
+        message = f"{job.output_model}: {len(made.files)} files"
         return Result(outcome="completed", message=message, time=utc_text(), summary=result.summary)
 
     def _make_workers(self) -> list[ProgramTask]:

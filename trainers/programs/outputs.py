@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import subprocess
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunesmith.assets.catalog import File
 from tunesmith.storage.base import PARTIAL, Storage
 
 MAX_FILES = 10_000
@@ -58,9 +56,9 @@ def remove(folder: Path) -> None:
 
 
 def store(
-    storage: Storage, folder: Path, prefix: str, *, leave_out: Callable[[str], bool] = lambda path: False
-) -> tuple[list[File], list[str]]:
-    """Store all files below `folder` under `prefix`; what was stored, and what was not.
+    folder: Path, add: Callable[[Path, str], object], *, leave_out: Callable[[str], bool] = lambda path: False
+) -> tuple[list[str], list[str]]:
+    """Have `add` store every file below `folder`, given where to read it and its path; those stored, and those not.
 
     Nothing may write to the folder meanwhile.
     """
@@ -71,15 +69,12 @@ def store(
             left_out.append(path)
             continue
         try:
-            with opened(folder, path) as (descriptor, status):
-                local = Path(f"/proc/self/fd/{descriptor}")
-                with local.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                storage.upload_file(local, f"{prefix}/{path}")
+            with opened(folder, path) as (descriptor, _):
+                add(Path(f"/proc/self/fd/{descriptor}"), path)
         except PermissionError:
             left_out.append(path)
             continue
-        stored.append(File(path=path, size_bytes=status.st_size, sha256=digest))
+        stored.append(path)
     return stored, sorted(left_out)
 
 

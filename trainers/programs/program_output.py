@@ -10,13 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainers.attempt.fetch import Fetched, fetch
-from trainers.attempt.publication import write_user_parameters
+from trainers.attempt.publication import NewFiles, Upload, refuse_fenced, write_user_parameters
 from trainers.programs import outputs
 from trainers.programs.program_task import ProgramTask
 from trainers.registration.model_check import look_for_language_model
-from tunesmith.assets.catalog import File
 from tunesmith.assets.gallery import FOLDER
-from tunesmith.errors import LeaseLostError, NotFoundError, TunesmithError
+from tunesmith.errors import NotFoundError, TunesmithError
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -28,29 +27,28 @@ COPY_S = 30.0
 logger = logging.getLogger(__name__)
 
 
-def publish_output(worker: ProgramTask) -> tuple[list[File], list[str], bool]:
+def publish_output(worker: ProgramTask) -> tuple[NewFiles, list[str], bool]:
     """Store the output as the new model's files; the files, what was left out, and whether they are a language model.
 
     What the base model has for its training goes with it as it is.
     """
     settings = Settings.from_env()
     storage = open_patiently(worker.storage_url, settings)
-    if storage.exists(layout.result(worker.job.id, worker.attempt)):
-        raise LeaseLostError(f"attempt {worker.attempt} was given up for lost; it publishes nothing")
+    refuse_fenced(storage, worker.job, worker.attempt)
     base = fetch(storage, "model", worker.job.model, settings)
     own = worker.folder(settings) / "own"
     _write_own(worker, base, own, storage)
     kept = set(outputs.walk(own).files)
-    prefix = layout.asset_files(*worker.job.output)
+    upload = Upload(storage, worker.job, worker.attempt)
     folder = worker.folder(settings) / "output"
 
     def is_kept(path: str) -> bool:
         return path in kept or path.startswith(f"{FOLDER}/")
 
-    files, left_out = outputs.store(storage, folder, prefix, leave_out=is_kept)
-    files += outputs.store(storage, own, prefix)[0]
+    _, left_out = outputs.store(folder, upload.add, leave_out=is_kept)
+    outputs.store(own, upload.add)
     language_model = not left_out and look_for_language_model(folder)[1]
-    return sorted(files, key=lambda file: file.path), left_out, language_model
+    return upload.stored(), left_out, language_model
 
 
 def drop_output(worker: ProgramTask) -> None:
@@ -63,12 +61,11 @@ def drop_output(worker: ProgramTask) -> None:
 def keep_output(worker: ProgramTask) -> list[str]:
     """Store what a run that made no model has left as the attempt's own; the paths."""
     settings = Settings.from_env()
-    folder, files = worker.folder(settings) / "output", list[File]()
-    if folder.is_dir():
-        storage = open_patiently(worker.storage_url, settings)
-        files, _ = outputs.store(storage, folder, layout.program_output(worker.job.id, worker.attempt))
+    storage, prefix = open_patiently(worker.storage_url, settings), layout.program_output(worker.job.id, worker.attempt)
+    folder = worker.folder(settings) / "output"
+    kept, _ = outputs.store(folder, lambda local, path: storage.upload_file(local, f"{prefix}/{path}"))
     _clean(worker, settings)
-    return [file.path for file in files]
+    return kept
 
 
 def restore_output(worker: ProgramTask, storage: Storage, folder: Path) -> int:

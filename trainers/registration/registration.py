@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from trainers.attempt.context import Attempt
+from trainers.attempt.publication import Upload, publish
 from trainers.registration.model_check import check_language_model, look_for_language_model
 from trainers.registration.sources import copy_source
-from tunesmith.assets import catalog
-from tunesmith.assets.catalog import Manifest, Table, describe_files
+from tunesmith.assets.catalog import Description, Table
 from tunesmith.assets.model_folder import read_model_folder
 from tunesmith.assets.tables import FORMATS, data_format, describe
 from tunesmith.assets.training_types import TEXT_TYPES
@@ -19,7 +18,6 @@ from tunesmith.clock import utc_text
 from tunesmith.errors import DataError
 from tunesmith.jobs.attempts import Result
 from tunesmith.jobs.spec import RegisterJob
-from tunesmith.storage import layout
 
 MAX_FILE_BYTES = 5 << 30
 MAX_DATASET_BYTES = 50 << 30
@@ -36,30 +34,19 @@ def run_registration(attempt: Attempt, job: RegisterJob) -> Result:
         folder = Path(name) / "files"
         copy_source(job.source, folder, attempt)
         attempt.events.write(phase="audit")
-        parts: dict[str, Any] = _check_dataset(folder) if job.asset == "dataset" else _check_model(folder, job)
+        about = _check_dataset(folder) if job.asset == "dataset" else _check_model(folder, job)
         attempt.events.write(state="running", phase="publish")
         attempt.events.flush()
-        kind, asset_name, version = job.output
-        files = describe_files(folder)
-        attempt.storage.upload_folder(folder, layout.asset_files(kind, asset_name, version))
-    manifest = Manifest(
-        kind=job.asset,
-        name=asset_name,
-        version=version,
-        files=files,
-        created_at=utc_text(),
-        account=job.account,
-        job=job.id,
-        **parts,
-    )
-    catalog.publish(attempt.storage, manifest)
+        upload = Upload(attempt.storage, job, attempt.number)
+        upload.add_folder(folder)
+    manifest = publish(attempt, upload.stored(), about)
     message = f"{job.asset} {job.output_asset} is registered"
     if job.asset == "model" and manifest.training.reason:
         message += f"; {manifest.training.reason}"
     return Result(outcome="completed", message=message, time=utc_text())
 
 
-def _check_dataset(folder: Path) -> dict[str, Any]:
+def _check_dataset(folder: Path) -> Description:
     tables: dict[str, Table] = {}
     total = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -81,10 +68,10 @@ def _check_dataset(folder: Path) -> dict[str, Any]:
             hint=f"data files end in {', '.join('.' + name for name in FORMATS)}",
             code="no_data_file",
         )
-    return {"tables": tables}
+    return Description(tables=tables)
 
 
-def _check_model(folder: Path, job: RegisterJob) -> dict[str, Any]:
+def _check_model(folder: Path, job: RegisterJob) -> Description:
     found = read_model_folder(folder, task_type=job.task_type)
     in_image = found.gallery is not None and found.gallery.image_url is not None
     if found.task_type in TEXT_TYPES and not in_image:
@@ -95,11 +82,11 @@ def _check_model(folder: Path, job: RegisterJob) -> dict[str, Any]:
         details, language_model = look_for_language_model(folder) if worth_it else ({}, False)
     if not (folder / "README.md").exists():
         (folder / "README.md").write_text(f"---\ntask_type: {found.task_type}\n---\n\n# {job.name}\n")
-    return {
-        "task_type": found.task_type,
-        "framework": found.card.text("framework") or "PyTorch",
-        "license": found.card.text("license"),
-        "details": details,
-        "gallery": found.gallery,
-        "language_model": language_model,
-    }
+    return Description(
+        task_type=found.task_type,
+        framework=found.card.text("framework") or "PyTorch",
+        license=found.card.text("license"),
+        details=details,
+        gallery=found.gallery,
+        language_model=language_model,
+    )

@@ -21,7 +21,7 @@ from typing import Any
 from trainers.text.encoding_processes import EncodingConfig, EncodingTask, encode_here, encode_in_processes
 from trainers.text.shards import Batch, TokenizedRows
 from trainers.text.token_cache import TokenCache
-from tunesmith.assets.catalog import hash_file
+from tunesmith.assets.stored_files import hash_file
 from tunesmith.assets.tables import Block, Row, describe, place, read_blocks, read_rows
 from tunesmith.errors import DataError
 from tunesmith.hyperparameters.definitions import EncodingAdvanced, EncodingHyperparameters

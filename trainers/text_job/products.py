@@ -1,4 +1,4 @@
-"""What a training run leaves: the new model's files, written and stored; and its publication."""
+"""What a training run leaves: the new model's files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ from trainers.recipe.checkpoint_files import load_adapter, save_adapter
 from trainers.recipe.device import pick_device
 from trainers.recipe.lora import load_model
 from trainers.recipe.strategy import shares_base
-from tunesmith.assets.catalog import File, describe_files
-from tunesmith.errors import LeaseLostError, ModelError
+from tunesmith.errors import ModelError
 from tunesmith.jobs.spec import TextJob
-from tunesmith.storage import layout
-from tunesmith.storage.base import Storage
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -85,17 +82,3 @@ def merge(model: Any) -> Any:
             code="merge_failed",
         )
     return merged
-
-
-def upload_products(storage: Storage, folder: Path, job: TextJob, attempt: int) -> list[File]:
-    """Store the new model's files at their place; what was stored.
-
-    LeaseLostError where the attempt was given up for lost meanwhile: another one may be at work there.
-    """
-    kind, name, version = job.output
-    files = describe_files(folder)
-    for file in files:
-        if storage.exists(layout.result(job.id, attempt)):
-            raise LeaseLostError(f"attempt {attempt} of {job.id} was given up for lost; it publishes nothing")
-        storage.upload_file(folder / file.path, f"{layout.asset_files(kind, name, version)}/{file.path}")
-    return files

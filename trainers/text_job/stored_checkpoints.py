@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from trainers.attempt.fetch import local_copy
-from tunesmith.assets.catalog import describe_files
-from tunesmith.jobs.attempts import checkpoints
+from tunesmith.assets.stored_files import describe_files
+from tunesmith.jobs.attempts import CheckpointManifest, checkpoint_files, checkpoints
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
@@ -33,8 +32,8 @@ def upload_checkpoint(
         files = describe_files(folder)
         storage.upload_folder(folder, prefix)
         wait()
-        manifest = {"step": step, "files": [file.model_dump() for file in files]}
-        storage.put(f"{prefix}/manifest.json", json.dumps(manifest, indent=2).encode())
+        manifest = CheckpointManifest(step=step, files=files)
+        storage.put(layout.checkpoint_manifest(prefix), manifest.model_dump_json(indent=2).encode())
     own = [checkpoint for checkpoint in checkpoints(storage, job_id) if checkpoint.attempt == attempt]
     for old in own[:-keep]:
         # Without its manifest it no longer counts, however far the deletion gets.
@@ -50,5 +49,5 @@ def newest_checkpoint(storage: Storage, job_id: str) -> Iterator[tuple[int, Path
         yield 0, None
         return
     newest = there[-1]
-    with local_copy(storage, newest.key) as folder:
+    with local_copy(storage, checkpoint_files(storage, newest.key)) as folder:
         yield newest.step, folder

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trainers.attempt.context import Attempt
+from trainers.attempt.publication import NewFiles, publish
 from trainers.attempt.report_writer import ReportWriter, report_writer
 from trainers.attempt.stop_watch import StoppedError, stopped
 from trainers.recipe.memory import is_out_of_memory
 from tunesmith.assets import catalog
-from tunesmith.assets.catalog import File, Manifest
+from tunesmith.assets.catalog import Description
 from tunesmith.clock import utc_text
 from tunesmith.errors import OutOfMemoryError, TunesmithError, UnavailableError, WorkerLostError
 from tunesmith.jobs import attempts
@@ -57,7 +58,7 @@ def run_training(attempt: Attempt, job: TextJob) -> Result:
         return _stopped(str(products["stop_reason"] or "stopped_by_user"), summary)
     attempt.events.write(phase="publish")
     attempt.events.flush()
-    _publish(attempt, job, products)
+    _publish(attempt, job, products["files"])
     message = f"{job.output_model} after {summary['steps']} steps"
     return Result(outcome="completed", message=message, time=utc_text(), summary=summary)
 
@@ -200,27 +201,17 @@ def _stopped(reason: str, summary: dict[str, Any]) -> Result:
     return stopped(reason, where, summary)
 
 
-def _publish(attempt: Attempt, job: TextJob, products: Mapping[str, Any]) -> None:
+def _publish(attempt: Attempt, job: TextJob, made: NewFiles) -> None:
     base = catalog.get_manifest(attempt.storage, "model", job.model)
-    _, name, version = job.output
-    catalog.publish(
-        attempt.storage,
-        Manifest(
-            kind="model",
-            name=name,
-            version=version,
-            files=[File.model_validate(file) for file in products["files"]],
-            created_at=utc_text(),
-            account=job.account,
-            job=job.id,
-            task_type=job.training_type,
-            framework=base.framework,
-            license=base.license,
-            base=job.model,
-            dataset=job.dataset,
-            details={**base.details, "adapter": True, "merged": job.advanced.merge_adapter},
-        ),
+    about = Description(
+        task_type=job.training_type,
+        framework=base.framework,
+        license=base.license,
+        base=job.model,
+        dataset=job.dataset,
+        details={**base.details, "adapter": True, "merged": job.advanced.merge_adapter},
     )
+    publish(attempt, made, about)
 
 
 def _first_line(error: BaseException) -> str:

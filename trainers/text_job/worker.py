@@ -17,6 +17,7 @@ from ray.train.v2._internal.execution import context as train_context
 
 from trainers.attempt.fetch import fetch, local_copy
 from trainers.attempt.logs import log_to_job
+from trainers.attempt.publication import NewFiles, Upload
 from trainers.attempt.report import Report
 from trainers.attempt.stop_watch import StopWatch
 from trainers.recipe import memory
@@ -27,13 +28,12 @@ from trainers.text.tokenization import first_examples
 from trainers.text_job import hangs
 from trainers.text_job.checkpoint_uploads import Uploads
 from trainers.text_job.job_data import Data, load_data
-from trainers.text_job.products import upload_products, write_products
+from trainers.text_job.products import write_products
 from trainers.text_job.ray_train_reports import KEY
 from trainers.text_job.stored_checkpoints import newest_checkpoint
 from trainers.text_job.watchdog import Watchdog, end_hung
 from trainers.text_job.worker_task import WorkerTask
 from tunesmith.clock import utc_text
-from tunesmith.errors import NotFoundError
 from tunesmith.jobs import adapters
 from tunesmith.jobs.attempts import attempt_name
 from tunesmith.jobs.flavors import get_flavor
@@ -139,13 +139,15 @@ def _run(task: WorkerTask, worker: Worker, storage: PatientStorage, settings: Se
         "eval_loss": outcome.eval_loss,
         "rows": counts,
     }
-    files: list[dict[str, Any]] = []
+    files: NewFiles | None = None
     if not outcome.stopped:
         reports.send(outcome.steps, phase="save")
         if worker.rank == 0:
             with tempfile.TemporaryDirectory() as name:
                 write_products(outcome.model, outcome.weights, base, Path(name), job, task.root)
-                files = [file.model_dump() for file in upload_products(storage, Path(name), job, task.attempt)]
+                upload = Upload(storage, job, task.attempt)
+                upload.add_folder(Path(name))
+                files = upload.stored()
     reports.send(outcome.steps, products={"summary": summary, "files": files, "stop_reason": stop.reason})
 
 
@@ -156,10 +158,7 @@ def _earlier_adapter(storage: Storage, job: TextJob) -> Iterator[Path | None]:
     if ref is None:
         yield None
         return
-    key = adapters.key(str(ref))
-    if not storage.exists(f"{key}/adapter_config.json"):
-        raise NotFoundError(f"the adapter of {ref} is gone", fields=[adapters.FIELD], hint="was it deleted meanwhile?")
-    with local_copy(storage, key) as folder:
+    with local_copy(storage, adapters.adapter_files(storage, str(ref))) as folder:
         yield folder
 
 

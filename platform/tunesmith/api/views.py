@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Generic, Literal, TypeVar
 
-from tunesmith.assets.catalog import File, Table
+from tunesmith.assets.catalog import Table
 from tunesmith.assets.gallery import Gallery
+from tunesmith.assets.stored_files import File
 from tunesmith.assets.training_types import TrainingTypes
 from tunesmith.frozen import Tolerant
 
@@ -107,6 +108,8 @@ class AssetView(Tolerant):
     job: str
     created_at: str
     size_bytes: int
+    files_url: str
+    """Where the files lie in storage: a folder's path, or an `s3://` or `obs://` prefix."""
     files: list[File]
     tables: dict[str, Table]
     details: dict[str, Any]

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from tunesmith.assets.gallery import Gallery
+from tunesmith.assets.stored_files import File, StoredFiles
 from tunesmith.assets.training_types import TEXT_TYPES, TrainingTypes, training_types
-from tunesmith.errors import ConflictError, SpecError, nearest
+from tunesmith.errors import ConflictError, NotFoundError, SpecError, nearest
 from tunesmith.frozen import Tolerant
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
 
-class File(Tolerant):
-    path: str
-    """Relative to the version's `files/`."""
-    size_bytes: int
-    sha256: str
+class Table(Tolerant):
+    """What was found in one data file at registration."""
+
+    format: Literal["jsonl", "json", "csv", "parquet"]
+    columns: list[str]
+    rows: int
 
 
-class Manifest(Tolerant):
-    """`manifest.json`: what a version is made of and where it comes from."""
+class Description(Tolerant):
+    """What a version is, beside its name and its files."""
 
-    kind: Literal["model", "dataset"]
-    name: str
-    version: int
-    files: list[File]
-    created_at: str
-    account: str
-    job: str
-    """The job that made it: a registration or a training run."""
     task_type: str | None = None
     framework: str | None = None
     license: str | None = None
@@ -50,26 +42,35 @@ class Manifest(Tolerant):
     language_model: bool | None = None
     """For models: whether its files were found to be a causal language model; None: it has the task type of one."""
 
+
+class Manifest(Description):
+    """`manifest.json`: what a version is made of and where it comes from."""
+
+    kind: Literal["model", "dataset"]
+    name: str
+    version: int
+    folder: str
+    """The folder beside the manifest that holds the files: that of the attempt which stored them."""
+    files: list[File]
+    created_at: str
+    account: str
+    job: str
+    """The job that made it: a registration or a training run."""
+
     @property
     def ref(self) -> str:
         return f"{self.name}@{self.version}"
+
+    @property
+    def stored(self) -> StoredFiles:
+        """Its files in storage."""
+        return StoredFiles(layout.asset_files(self.kind, self.name, self.version, self.folder), self.files)
 
     @property
     def training(self) -> TrainingTypes:
         """How a model may be trained."""
         found = self.task_type in TEXT_TYPES if self.language_model is None else self.language_model
         return training_types(self.task_type, self.gallery, language_model=found)
-
-
-class Table(Tolerant):
-    """What was found in one data file at registration."""
-
-    format: Literal["jsonl", "json", "csv", "parquet"]
-    columns: list[str]
-    rows: int
-
-
-Manifest.model_rebuild()
 
 
 def get_manifest(storage: Storage, kind: str, ref: str, *, field: str | None = None) -> Manifest:
@@ -105,38 +106,50 @@ def newest_version(storage: Storage, kind: str, name: str) -> int:
     return max(_versions(storage, kind, name), default=0)
 
 
-def publish(storage: Storage, manifest: Manifest) -> None:
-    """Write the manifest, last and once, by one conditional write, after its files were stored.
+def published(storage: Storage, kind: str, name: str, version: int, *, by: str) -> Manifest | None:
+    """The manifest of a version that the job `by` published; None where nobody did.
 
-    Published before by the same job: does nothing. By another: ConflictError.
+    ConflictError where another job did: what this one makes would have no place.
+    """
+    manifest = _find(storage, kind, name, version)
+    if manifest is not None and manifest.job != by:
+        raise ConflictError(
+            f"{manifest.kind} {manifest.ref} was published already, by job {manifest.job}",
+            hint="order or render the job again: it gets a version of its own",
+        )
+    return manifest
+
+
+def publish(storage: Storage, manifest: Manifest) -> Manifest:
+    """Write the manifest, last and once, by one conditional write, after its files were stored; the one that stands.
+
+    That is an earlier one where the same job published before. Where another job did: ConflictError.
     """
     key = layout.asset_manifest(manifest.kind, manifest.name, manifest.version)
     if storage.put_if_absent(key, manifest.model_dump_json(indent=2).encode()):
-        return
-    there = Manifest.model_validate_json(storage.get(key))
-    if there.job != manifest.job:
-        raise ConflictError(f"{manifest.kind} {manifest.ref} was published already, by job {there.job}")
+        return manifest
+    return published(storage, manifest.kind, manifest.name, manifest.version, by=manifest.job) or manifest
 
 
-def describe_files(folder: Path) -> list[File]:
-    """Path, size and sha256 of every file below a local folder, sorted by path."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [
-        File(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=hash_file(path))
-        for path in paths
-    ]
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a local file, hexadecimal, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def remove_leftovers(storage: Storage, kind: str, name: str, version: int, *, of: str) -> None:
+    """Delete what attempts of the job `of` stored for a version and its manifest, if there is one, does not name."""
+    manifest = _find(storage, kind, name, version)
+    for folder in storage.children(layout.asset(kind, name, version)):
+        if layout.is_files_folder(folder, of) and (manifest is None or folder != manifest.folder):
+            storage.delete_folder(layout.asset_files(kind, name, version, folder))
 
 
 def _versions(storage: Storage, kind: str, name: str) -> list[int]:
     folders = storage.children(f"{layout.ASSET_FOLDERS[kind]}/{name}")
     numbers = sorted(int(folder) for folder in folders if folder.isdecimal())
     return [number for number in numbers if storage.exists(layout.asset_manifest(kind, name, number))]
+
+
+def _find(storage: Storage, kind: str, name: str, version: int) -> Manifest | None:
+    try:
+        return _read(storage, kind, name, version)
+    except NotFoundError:
+        return None
 
 
 def _read(storage: Storage, kind: str, name: str, version: int) -> Manifest:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tunesmith.assets.catalog import Manifest, get_manifest
+from tunesmith.assets.stored_files import StoredFiles
 from tunesmith.errors import SpecError
 from tunesmith.hyperparameters.definitions import LoraHyperparameters
 from tunesmith.hyperparameters.field import Hyperparameter
@@ -75,12 +76,10 @@ def find_adapter(storage: Storage, given: str, model: Manifest) -> Adapter:
     return _read(storage, manifest.ref, base=str(manifest.base), model=model)
 
 
-def key(ref: str) -> str:
-    """Where the adapter of `ref` (Adapter.ref) lies in storage."""
-    if "/" in ref:
-        return f"{ref}/{FOLDER}"
-    name, _, version = ref.partition("@")
-    return f"{layout.asset_files('model', name, int(version))}/{FOLDER}"
+def adapter_files(storage: Storage, ref: str) -> StoredFiles:
+    """The files of the adapter of `ref` (Adapter.ref). SpecError or NotFoundError where it was deleted meanwhile."""
+    whole = attempts.checkpoint_files(storage, ref) if "/" in ref else get_manifest(storage, "model", ref).stored
+    return whole.below(FOLDER)
 
 
 def _read(storage: Storage, ref: str, *, base: str, model: Manifest) -> Adapter:
@@ -91,7 +90,7 @@ def _read(storage: Storage, ref: str, *, base: str, model: Manifest) -> Adapter:
             hint=f"give its base as the model, model={base}, or leave finetuned_model out",
             code="adapter_does_not_fit",
         )
-    config = json.loads(storage.get(f"{key(ref)}/adapter_config.json"))
+    config = json.loads(adapter_files(storage, ref).read(storage, "adapter_config.json"))
     return Adapter(ref, config["r"], config["lora_alpha"])
 
 

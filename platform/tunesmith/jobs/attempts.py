@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 
+from tunesmith.assets.stored_files import File, StoredFiles
 from tunesmith.clock import seconds, utc_text
 from tunesmith.errors import NotFoundError, TunesmithError
 from tunesmith.frozen import Frozen, Tolerant
@@ -106,6 +107,13 @@ class Checkpoint(Frozen):
     step: int
     key: str
     """Its prefix in storage."""
+
+
+class CheckpointManifest(Tolerant):
+    """`manifest.json` of a checkpoint: what makes it whole."""
+
+    step: int
+    files: list[File]
 
 
 class EventWriter:
@@ -223,6 +231,14 @@ def metric_lines(data: bytes) -> Iterator[MetricLine]:
         except ValidationError as error:
             what = error.errors(include_url=False, include_input=False)[0]["msg"]
             logger.warning("line %d of a segment of metrics cannot be read and is left out: %s", number, what)
+
+
+def checkpoint_files(storage: Storage, key: str) -> StoredFiles:
+    """The files of the whole checkpoint at `key` (Checkpoint.key). NotFoundError where there is none."""
+    text = _get(storage, layout.checkpoint_manifest(key))
+    if text is None:
+        raise NotFoundError(f"there is no whole checkpoint {key}", hint="was it deleted meanwhile?")
+    return StoredFiles(key, CheckpointManifest.model_validate_json(text).files)
 
 
 def checkpoints(storage: Storage, job_id: str) -> list[Checkpoint]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 
 from tunesmith.errors import SpecError
 
@@ -38,8 +39,19 @@ def asset(kind: str, name: str, version: int) -> str:
     return f"{ASSET_FOLDERS[kind]}/{name}/{version}"
 
 
-def asset_files(kind: str, name: str, version: int) -> str:
-    return f"{asset(kind, name, version)}/files"
+def asset_files(kind: str, name: str, version: int, folder: str) -> str:
+    """Prefix of a version's files; its manifest names the folder."""
+    return f"{asset(kind, name, version)}/{folder}"
+
+
+def new_files_folder(job_id: str, attempt: int) -> str:
+    """A folder for the files of a version that nobody else writes to: not even a lost worker of the same attempt."""
+    return f"{_files_of(job_id)}{attempt}-{secrets.token_hex(4)}"
+
+
+def is_files_folder(folder: str, job_id: str) -> bool:
+    """Whether an attempt of the job stores, or has stored, a version's files there."""
+    return folder.startswith(_files_of(job_id))
 
 
 def asset_manifest(kind: str, name: str, version: int) -> str:
@@ -127,6 +139,11 @@ def checkpoint(job_id: str, number: int, step: int) -> str:
     return f"{checkpoints(job_id, number)}/{step}"
 
 
+def checkpoint_manifest(key: str) -> str:
+    """The manifest of the checkpoint whose prefix is `key`."""
+    return f"{key}/manifest.json"
+
+
 def tokenized(key: str) -> str:
     """Prefix of tokenised data, shared by all jobs that need the same."""
     return f"cache/tokenized/{key}"
@@ -144,6 +161,10 @@ def split_job_url(url: str) -> tuple[str, str]:
             hint="`tunesmith jobs render` writes one to its place",
         )
     return match[1] if match[1] is not None else ".", match[2]
+
+
+def _files_of(job_id: str) -> str:
+    return f"files-{job_id}-a"
 
 
 def join(root: str, key: str) -> str:
