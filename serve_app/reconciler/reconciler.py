@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from functools import partial
 
 from serve_app.reconciler.adoption import Adoption
@@ -20,8 +21,10 @@ from serve_app.reconciler.launcher import Launcher
 from serve_app.reconciler.lease import LeasedRecords
 from serve_app.reconciler.scheduler import take_turns
 from serve_app.reconciler.supervisor import Supervisor, became
+from tunesmith.assets.catalog import remove_leftovers
 from tunesmith.errors import ConflictError, LeaseLostError, NotFoundError, StorageError, UnavailableError
 from tunesmith.jobs import attempts
+from tunesmith.jobs.spec import parse_job
 from tunesmith.jobs.states import ON_CLUSTER, Change
 from tunesmith.records.store import Record, RecordStore, Unfinished
 from tunesmith.settings import Settings
@@ -177,7 +180,10 @@ class Reconciler:
             self._look_after(job_id)
 
     def _purge(self, job_id: str) -> None:
-        """Remove a deleted job's folder; what it published stays."""
+        """Remove a deleted job's folder, and files that it stored for a model without publishing them."""
+        with suppress(NotFoundError):  # an earlier purge came as far as job.json
+            job = parse_job(self._storage.get(layout.job_json(job_id)))
+            remove_leftovers(self._storage, *job.output, of=job_id)
         self._storage.delete_folder(layout.job(job_id))
         left = next(iter(self._storage.entries(layout.job(job_id))), None)
         if left is not None:

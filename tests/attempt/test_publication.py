@@ -9,6 +9,7 @@ from tests.support.stage import make_settings
 from trainers.attempt.context import Attempt
 from trainers.attempt.fetch import fetch
 from trainers.attempt.publication import NewFiles, Upload, publish
+from trainers.attempt.stop_watch import StopWatch
 from tunesmith.assets.catalog import Description, get_manifest, published, remove_leftovers
 from tunesmith.clock import utc_text
 from tunesmith.errors import ConflictError, DataError, LeaseLostError
@@ -27,7 +28,8 @@ def storage(tmp_path: Path) -> FolderStorage:
 
 def attempt(storage: FolderStorage, number: int, job: TrainJob = JOB) -> Attempt:
     settings = make_settings(storage.root.parent / "home")
-    return Attempt(job, number, storage, settings, EventWriter(storage, job.id, number))
+    stop = StopWatch(storage, job.id, number, deadline=None)
+    return Attempt(job, number, storage, settings, EventWriter(storage, job.id, number), stop)
 
 
 def made(folder: Path, **files: str) -> Path:

@@ -138,6 +138,19 @@ def test_an_event_of_a_phase_that_there_is_not_is_left_out(stage: Stage) -> None
     assert (status.phase, status.message) == ("train", None)
 
 
+def test_a_deleted_job_takes_what_it_stored_and_did_not_publish_along(stage: Stage) -> None:
+    record, driver = stage.running()
+    mine = [layout.asset_files(*driver.job.output, layout.new_files_folder(record.id, attempt)) for attempt in (1, 2)]
+    others = layout.asset_files(*driver.job.output, layout.new_files_folder("job-7", 1))
+    for prefix in (*mine, others):
+        stage.storage.put(f"{prefix}/weights", b"half")
+    driver.finish("failed")
+    stage.rounds()
+    stage.store.delete(record.id)
+    stage.rounds(2)
+    assert [entry.key for entry in stage.storage.entries("models/tuned")] == [f"{others}/weights"]
+
+
 def test_a_deleted_job_leaves_storage_and_its_model_stays(stage: Stage) -> None:
     record, driver = stage.running()
     driver.publish()
