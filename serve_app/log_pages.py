@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tunesmith.api.views import LogView, Page
 from tunesmith.errors import SpecError
 from tunesmith.jobs.attempts import MetricLine, metric_lines
-from tunesmith.records.store import Record
+from tunesmith.records.record import Record
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 from tunesmith.storage.segments import MAX_BYTES, Segment, read_segments

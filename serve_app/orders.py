@@ -14,7 +14,7 @@ from tunesmith.clock import utc_text
 from tunesmith.errors import SpecError
 from tunesmith.jobs.drafting import draft, new_job_id
 from tunesmith.jobs.spec import Job, RegisterSpec, TrainSpec
-from tunesmith.records.store import Insertion
+from tunesmith.records.record import Insertion
 
 
 def place(door: Door, spec: TrainSpec | RegisterSpec, *, key: str | None) -> Insertion:

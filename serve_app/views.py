@@ -6,7 +6,7 @@ import json
 
 from tunesmith.api.views import AssetView, EventView, JobView
 from tunesmith.assets.catalog import Manifest
-from tunesmith.records.store import Event, Record
+from tunesmith.records.record import Event, Record
 from tunesmith.storage import layout
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from tunesmith.errors import LeaseLostError
 from tunesmith.jobs.spec import RegisterJob, TrainJob
 from tunesmith.jobs.states import Change
-from tunesmith.records.store import Lease, Line, Record, RecordStore
+from tunesmith.records.record import Lease, Line, Record
+from tunesmith.records.store import RecordStore
 
 
 class LeasedRecords:

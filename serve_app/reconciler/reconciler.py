@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
 from functools import partial
 
 from serve_app.reconciler.adoption import Adoption
@@ -24,9 +23,9 @@ from serve_app.reconciler.supervisor import Supervisor, became
 from tunesmith.assets.catalog import remove_leftovers
 from tunesmith.errors import ConflictError, LeaseLostError, NotFoundError, StorageError, UnavailableError
 from tunesmith.jobs import attempts
-from tunesmith.jobs.spec import parse_job
 from tunesmith.jobs.states import ON_CLUSTER, Change
-from tunesmith.records.store import Record, RecordStore, Unfinished
+from tunesmith.records.record import Record, Unfinished
+from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -71,7 +70,7 @@ class Reconciler:
             return
         jobs = self._records.store.unfinished()
         deleted = self._records.store.deleted_unpurged()
-        self._keep([*(job.id for job in jobs), *deleted, *self._adoption.unknown])
+        self._keep([*(job.id for job in jobs), *(job.id for job in deleted), *self._adoption.unknown])
         if self._adoption.is_due():
             self._hand("adoption", "adoption", self._adopt)
         # Turns are taken once all that came since the last round can have theirs, so that the order is kept.
@@ -82,8 +81,8 @@ class Reconciler:
             elif not self._has_arrived(job):
                 self._hand("jobs", job.id, arrivals.add(partial(self._look_after, job.id)))
         arrivals.begin()
-        for job_id in deleted:
-            self._hand("purges", job_id, partial(self._purge, job_id))
+        for record in deleted:
+            self._hand("purges", record.id, partial(self._purge, record))
 
     def settle(self, timeout_s: float) -> bool:
         """Wait until everything that was handed to the threads is done; False where the time is over before."""
@@ -179,16 +178,15 @@ class Reconciler:
         if self._adoption.adopt(job_id):
             self._look_after(job_id)
 
-    def _purge(self, job_id: str) -> None:
+    def _purge(self, record: Record) -> None:
         """Remove a deleted job's folder, and files that it stored for a model without publishing them."""
-        with suppress(NotFoundError):  # an earlier purge came as far as job.json
-            job = parse_job(self._storage.get(layout.job_json(job_id)))
-            remove_leftovers(self._storage, *job.output, of=job_id)
-        self._storage.delete_folder(layout.job(job_id))
-        left = next(iter(self._storage.entries(layout.job(job_id))), None)
+        remove_leftovers(self._storage, *record.output, of=record.id)
+        folder = layout.job(record.id)
+        self._storage.delete_folder(folder)
+        left = next(iter(self._storage.entries(folder)), None)
         if left is not None:
             raise StorageError(f"{left.key} is still there after the deletion")
-        self._records.mark_purged(job_id)
+        self._records.mark_purged(record.id)
 
     def _keep(self, subjects: Collection[str]) -> None:
         """Forget what is remembered of all jobs but these."""

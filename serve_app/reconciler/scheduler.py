@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tunesmith.jobs.spec import RegisterJob
-from tunesmith.records.store import Record
+from tunesmith.records.record import Record
 
 REGISTRATIONS = 2
 """Registrations at once. They copy files and take no worker, so they wait for each other alone."""

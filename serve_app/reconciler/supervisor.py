@@ -22,7 +22,8 @@ from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, EventLine, Result
 from tunesmith.jobs.spec import RegisterJob
 from tunesmith.jobs.states import Change
-from tunesmith.records.store import Line, Record, RecordStore
+from tunesmith.records.record import Line, Record
+from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -220,12 +221,8 @@ class Supervisor:
 
 
 def became(store: RecordStore, record: Record, state: str) -> float:
-    """When the job last became `state`, from its events, seconds since the epoch: a restart of ours changes nothing."""
-    events, last = store.events(record.id), record.updated_at
-    while events:
-        last = next((event.time for event in reversed(events) if event.change.state == state), last)
-        events = store.events(record.id, after=events[-1].seq)
-    return clock.seconds(last)
+    """When the job last became `state`, seconds since the epoch. Its events say it, so a restart changes nothing."""
+    return clock.seconds(store.last_entry(record.id, state) or record.updated_at)
 
 
 def _key(record: Record) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from tunesmith.jobs.audit_report import AuditReport
 from tunesmith.jobs.evaluation_record import Evaluation
 from tunesmith.jobs.spec import AnyTrainJob, RegisterJob, TrainSpec
 from tunesmith.jobs.stored_reports import read_audit, read_evaluations
-from tunesmith.records.store import Insertion
+from tunesmith.records.record import Insertion
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 

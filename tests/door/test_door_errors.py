@@ -203,7 +203,9 @@ def test_a_body_is_read_no_further_than_the_bound() -> None:
 
 
 def test_connections_that_are_all_in_use_are_no_fault_of_the_request(client: TestClient, door: Door) -> None:
-    door.store._engine = sa.create_engine(door.settings.database_url, pool_size=1, max_overflow=0, pool_timeout=0.1)
-    with door.store._engine.connect():
+    door.store.database.engine = sa.create_engine(
+        door.settings.database_url, pool_size=1, max_overflow=0, pool_timeout=0.1
+    )
+    with door.store.database.engine.connect():
         error_of(client.get("/v1/jobs"), 503, "unavailable")
     assert client.get("/v1/jobs").status_code == 200

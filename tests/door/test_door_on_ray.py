@@ -81,8 +81,8 @@ def test_ray_says_that_a_submission_exists_or_is_unknown_in_the_words_we_know(
     launcher, name = RayLauncher(platform.settings), uuid.uuid4().hex
     assert launcher.status(f"{name}-a1") is None
     launcher.stop(f"{name}-a1")
-    launcher.submit(name, 1, "/nowhere/jobs/none/job.json")
-    launcher.submit(name, 1, "/nowhere/jobs/none/job.json")
+    launcher.submit(name, 1, "/nowhere/jobs/none/job.json", account="operator")
+    launcher.submit(name, 1, "/nowhere/jobs/none/job.json", account="operator")
     wait_for(lambda: (job := launcher.status(f"{name}-a1")) is not None and job.status not in ALIVE)
     launcher.stop(f"{name}-a1")
 

@@ -13,7 +13,7 @@ from serve_app.reconciler.launcher import ALIVE
 from serve_app.reconciler.supervisor import ENDED_S
 from tests.support.stage import NOW, FakeDriver, Stage, line, play_round
 from tunesmith.jobs.states import FINAL, replay
-from tunesmith.records.store import Record
+from tunesmith.records.record import Record
 from tunesmith.storage import layout
 
 WRITES = {

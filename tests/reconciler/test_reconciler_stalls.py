@@ -99,7 +99,7 @@ def test_a_job_starts_while_anothers_storage_hangs_and_a_third_is_deleted(
         third = stage.order()
         until(lambda: f"{third.id}-a1" in stage.launcher.jobs())
         assert both_stall()
-        assert stage.store.deleted_unpurged() == [deleted.id]
+        assert [record.id for record in stage.store.deleted_unpurged()] == [deleted.id]
         proxy.hold(lambda line: False)
         until(lambda: stage.store.deleted_unpurged() == [])
     assert stage.reconciler.settle(60)

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.schema import CreateTable
 
 from tunesmith.errors import ConflictError, LeaseLostError, NotFoundError
 from tunesmith.jobs.drafting import new_job_id
 from tunesmith.jobs.spec import RegisterJob
 from tunesmith.jobs.states import Change, replay
-from tunesmith.records.store import KEYS_S, Line, Record, RecordStore
+from tunesmith.records.idempotency import KEEP_S
+from tunesmith.records.record import Line, Record
+from tunesmith.records.schema import METADATA
+from tunesmith.records.store import RecordStore
 
 
 class Clock:
@@ -123,7 +131,7 @@ def test_a_refused_order_leaves_no_key_behind(store: RecordStore) -> None:
 def test_keys_are_forgotten_by_age_and_by_number(
     store: RecordStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.records.store.KEYS", 3)
+    monkeypatch.setattr("tunesmith.records.idempotency.MOST", 3)
 
     def is_known(key: str) -> bool:
         return store.first_answer("operator", idempotency_key=key, body_hash="a") is not None
@@ -132,7 +140,7 @@ def test_keys_are_forgotten_by_age_and_by_number(
         clock.seconds += 1
         store.insert(make_job(), respond=answer, idempotency_key=f"k{number}", body_hash="a")
     assert [is_known(f"k{number}") for number in range(5)] == [False, False, True, True, True]
-    clock.seconds += KEYS_S - 1
+    clock.seconds += KEEP_S - 1
     store.insert(make_job(), respond=answer, idempotency_key="new", body_hash="a")
     assert [is_known(key) for key in ("k2", "k3", "k4", "new")] == [False, False, True, True]
 
@@ -211,7 +219,7 @@ def test_only_a_final_job_is_deleted_and_its_key_and_version_stay_taken(store: R
     with pytest.raises(NotFoundError):
         store.get(job_id)
     assert store.page() == []
-    assert store.deleted_unpurged() == [job_id]
+    assert [record.id for record in store.deleted_unpurged()] == [job_id]
     lease = store.acquire_lease("reconciler", "a", duration_s=10)
     assert lease is not None
     store.mark_purged(job_id, lease=lease)
@@ -240,6 +248,35 @@ def test_a_job_started_without_a_door_is_adopted_once(store: RecordStore) -> Non
     assert adopted is not None
     assert adopted.job == job
     assert store.adopt(job, lease=lease) is None
+
+
+def test_the_migrations_make_exactly_the_tables_of_the_schema(store: RecordStore) -> None:
+    with store.database.reading() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, METADATA) == []
+        made = "\n".join(connection.scalars(sa.text("SELECT sql FROM sqlite_master WHERE name = 'events'")))
+    # What compare_metadata does not look at.
+    assert "AUTOINCREMENT" in made
+    assert "AUTOINCREMENT" in str(CreateTable(METADATA.tables["events"]).compile(dialect=sqlite.dialect()))
+
+
+def test_a_job_is_parsed_when_it_is_asked_for(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = insert(store)
+    monkeypatch.setattr("tunesmith.records.record.parse_job", lambda text: pytest.fail("it was parsed"))
+    run_to(store, record, "queued", "preparing", "running")
+    assert [(r.id, r.output.name) for r in store.page()] == [(record.id, "data")]
+    assert [job.id for job in store.unfinished()] == [record.id]
+
+
+def test_what_a_change_gives_back_is_what_is_stored(store: RecordStore) -> None:
+    record = insert(store)
+    assert store.get(record.id) == record
+    for state in ("queued", "preparing", "running", "failed"):
+        at = "2026-01-02T00:00:00.000Z" if state == "running" else None
+        submission_id = "a1" if state == "preparing" else None
+        record = store.change(record.id, Change(state=state), at=at, submission_id=submission_id)
+        assert store.get(record.id) == record
+    assert (record.submission_id, record.started_at) == ("a1", "2026-01-02T00:00:00.000Z")
 
 
 def test_several_processes_migrate_at_once(tmp_path: Path) -> None:

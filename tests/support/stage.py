@@ -17,7 +17,8 @@ from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, EventLine, Result, attempt_name
 from tunesmith.jobs.drafting import draft, new_job_id
 from tunesmith.jobs.spec import RegisterJob, TrainJob, parse_spec
-from tunesmith.records.store import Record, RecordStore
+from tunesmith.records.record import Record
+from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
 from tunesmith.storage.base import Storage
 from tunesmith.storage.folder import FolderStorage
