@@ -30,7 +30,8 @@ class TunesmithError(Exception):
             self.code = code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.fields, self.hint, self.code)
+        # Past __init__, which may take other arguments in a subclass.
+        return _rebuild, (type(self), self.args, self.__dict__)
 
     def as_dict(self) -> dict[str, Any]:
         """The body of the one error shape, without its request id."""
@@ -134,10 +135,10 @@ class LeaseLostError(TunesmithError):
     status = 503
 
 
-def _rebuild(
-    kind: type[TunesmithError], message: str, fields: list[str], hint: str | None, code: str
-) -> TunesmithError:
-    return kind(message, fields=fields, hint=hint, code=code)
+def _rebuild(kind: type[TunesmithError], args: tuple[Any, ...], state: dict[str, Any]) -> TunesmithError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -1,10 +1,8 @@
-"""Specs, flavors and errors: what is given comes back checked, or refused with its name."""
-
-import pickle
+"""Specs and flavors: what is given comes back checked, or refused with its name."""
 
 import pytest
 
-from tunesmith.errors import ConflictError, DataError, SpecError
+from tunesmith.errors import ConflictError, SpecError
 from tunesmith.jobs.flavors import get_flavor, load_flavors
 from tunesmith.jobs.spec import RegisterSpec, TrainSpec, parse_spec
 from tunesmith.jobs.states import FINAL, MOVES, Change, Status, apply, replay
@@ -46,13 +44,6 @@ def test_a_flavor_asks_for_its_accelerator_by_rays_name() -> None:
     assert get_flavor("cpu-small").resources() == {"CPU": 1}
     assert get_flavor("gpu-1").resources() == {"CPU": 4, "GPU": 1}
     assert {flavor.accelerator for flavor in load_flavors().values()} == {"CPU", "GPU", "NPU"}
-
-
-def test_errors_pickle_whole() -> None:
-    error = DataError("no column 'q'", fields=["prompt_field"], hint="columns are a, b", code="missing_column")
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is DataError
-    assert again.as_dict() == error.as_dict()
 
 
 def test_only_the_legal_moves_are_made() -> None:

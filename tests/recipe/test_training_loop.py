@@ -16,7 +16,7 @@ from trainers.recipe.ddp import Flat
 from trainers.recipe.device import pick_device
 from trainers.recipe.lora import load_model
 from trainers.recipe.loss import loss_sum
-from trainers.recipe.strategy import Worker
+from trainers.recipe.strategy import StepsDifferError, Worker
 from trainers.recipe.training_loop import Hooks, LossError, Outcome, schedule, train
 from tunesmith.errors import ModelError
 
@@ -89,6 +89,29 @@ def test_two_workers_do_what_one_does(model_folder: Path, tmp_path: Path) -> Non
     assert two == pytest.approx(one, abs=1e-5)
     assert eval_loss == pytest.approx(outcome.eval_loss, abs=1e-5)
     assert_close(adapter(tmp_path / "one"), adapter(tmp_path / "two"), 1e-4)
+
+
+def _resumed_worker(rank: int, model_folder: Path, out: Path, queue: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out / 'meet'}", rank=rank, world_size=2)
+    try:
+        run(
+            model_folder,
+            out,
+            worker=Worker(rank, 2, 0),
+            per_device_train_batch_size=2,
+            resume_from=out / "saved" / ("3" if rank else "6"),
+        )
+    except StepsDifferError as error:
+        queue.put(str(error))
+
+
+def test_workers_that_go_on_from_different_checkpoints_do_not_begin(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    run(model_folder, tmp_path / "saved", save_steps=3)
+    queue = workers.CONTEXT.SimpleQueue()
+    workers.run_on(2, _resumed_worker, model_folder, tmp_path, queue)
+    for _ in range(2):
+        assert queue.get().endswith("worker 0 from step 6, worker 1 from step 3")
 
 
 def test_a_global_batch_gives_the_same_run_however_it_is_split(model_folder: Path, tmp_path: Path) -> None:

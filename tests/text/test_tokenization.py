@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.support.waiting import until
 from trainers.text import encoding_processes, shards, token_cache, tokenization
 from trainers.text.tokenization import DataFile, TokenizedRows, tokenize_rows
 from tunesmith.assets import tables
-from tunesmith.errors import DataError, WorkerLostError
+from tunesmith.errors import DataError, StorageError, WorkerLostError
 from tunesmith.hyperparameters.definitions import Advanced
 from tunesmith.settings import Settings
 from tunesmith.storage.base import Storage
@@ -308,6 +309,10 @@ print(len(rows))
 """
 
 
+OLD_BUILDER = "00000000-000000000000-00000000"
+"""What another node left in 1970."""
+
+
 def builder(folder: Path, file: Path, *, processes: int) -> subprocess.Popen[str]:
     """A builder in a process of its own; it stops half way until its standard input is closed."""
     arguments = [str(file), str(folder / "storage"), str(folder / "home"), str(processes)]
@@ -361,6 +366,26 @@ def test_a_builder_that_waits_goes_on_when_the_other_one_is_killed(tmp_path: Pat
     assert len({key.split("/")[3] for key in stored(storage)} - {"manifest.json"}) == 1
 
 
+def test_what_another_nodes_builder_may_still_be_writing_is_left_alone(
+    tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "a.jsonl", tiny.sums(9))
+    build([file], storage, tmp_path / "home")
+    own = next(key for key in stored(storage) if key.endswith(".arrow")).rpartition("/")[0]
+    folder = own.rpartition("/")[0]
+    foreign = f"{folder}/ffffffff-{int(time.time()):012d}-00000000/00000.arrow"
+    for key in (foreign, f"{folder}/{OLD_BUILDER}/00000.arrow"):
+        storage.put(key, b"rows")
+    build([file], storage, tmp_path / "home")
+    assert [key for key in stored(storage) if not key.startswith(own)] == [foreign, f"{folder}/manifest.json"]
+    # A builder that takes so long gives up.
+    monkeypatch.setattr(token_cache, "LONGEST_BUILD_S", -1)
+    build([file], storage, tmp_path / "home")
+    assert foreign not in stored(storage)
+    with pytest.raises(StorageError, match="takes longer than"):
+        build([write(tmp_path / "b.jsonl", tiny.sums(8))], storage, tmp_path / "home")
+
+
 @pytest.mark.s3
 @pytest.mark.usefixtures("blocks")
 def test_a_bucket_holds_the_rows_and_each_node_has_one_copy(
@@ -382,7 +407,7 @@ def test_a_bucket_holds_the_rows_and_each_node_has_one_copy(
         if not others:
             others.append(build([file], storage, tmp_path / "second"))
             key = stored(storage)[0].split("/")[2]
-            storage.put(f"cache/tokenized/{key}/dead/00000.arrow", b"left by a killed one")
+            storage.put(f"cache/tokenized/{key}/{OLD_BUILDER}/00000.arrow", b"left by a killed one")
             (leftover / f"{key}-dead.partial").mkdir()
 
     first = build([file], storage, tmp_path / "first", progress=another_node)

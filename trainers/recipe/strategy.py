@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from trainers.recipe.collate import Pass
+from trainers.recipe.device import Device
+from tunesmith.errors import TunesmithError
 
 SHARE_BASE = ("zero3", "zero3_offload")
 """Strategies whose workers hold a piece of the base each."""
@@ -65,6 +68,28 @@ class Strategy(Protocol):
     def restore(self, moments: Mapping[str, torch.Tensor]) -> None:
         """Go on with the moments of a snapshot whose weights are in the model already. Every worker calls it."""
         ...
+
+
+class StepsDifferError(TunesmithError):
+    """The workers of a run do not begin after the same step."""
+
+    code = "steps_differ"
+
+
+def begin_together(step: int, worker: Worker, device: Device) -> None:
+    """Every worker calls it with the step it goes on from, 0 at the beginning; StepsDifferError where they differ."""
+    if worker.world_size == 1:
+        return
+    mine = torch.tensor([step], device="cpu" if device.backend == "gloo" else device.torch_device)
+    each = [torch.zeros_like(mine) for _ in range(worker.world_size)]
+    dist.all_gather(each, mine)
+    steps = [int(of_one) for of_one in each]
+    if len(set(steps)) > 1:
+        said = ", ".join(f"worker {rank} from step {at}" for rank, at in enumerate(steps))
+        raise StepsDifferError(
+            f"the workers were to go on from one checkpoint, but they begin at different ones: {said}",
+            hint="start the attempt again: its driver hands the same checkpoint to every worker",
+        )
 
 
 def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -28,7 +28,7 @@ from trainers.recipe.lora import load_model
 from trainers.recipe.loss import attention_of, loss_sum
 from trainers.recipe.memory import does_not_fit, is_out_of_memory, largest_pass
 from trainers.recipe.strategies import choose, strategy
-from trainers.recipe.strategy import SHARE_BASE, Strategy, Worker, shares_base
+from trainers.recipe.strategy import SHARE_BASE, Strategy, Worker, begin_together, shares_base
 from trainers.recipe.trace import traced
 from trainers.text.shards import TokenizedRows
 from tunesmith.errors import ModelError, OutOfMemoryError, TunesmithError
@@ -117,6 +117,7 @@ def train(
     if resume_from is not None:
         moments, state = load_moments(resume_from)
         start_from = resume_from / "adapter"
+    begin_together(state["step"], worker, device)
     if start_from is not None:
         load_adapter(start_from, model)
     strategy_name = choose(advanced.strategy, model, worker, device, quantized=h.bits is not None)
