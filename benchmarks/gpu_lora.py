@@ -96,7 +96,7 @@ def main() -> None:
     arguments = _arguments()
     lines: list[str] = []
     cuda = torch.cuda.is_available()
-    names = _able(chosen(CONTESTANTS, "ours" if arguments.profile else arguments.only), lines, cuda=cuda)
+    names = able(chosen(CONTESTANTS, "ours" if arguments.profile else arguments.only), lines, cuda=cuda)
     shape = {
         **(TINY if arguments.tiny else SHAPE),
         **({"num_hidden_layers": arguments.layers} if arguments.layers else {}),
@@ -105,12 +105,12 @@ def main() -> None:
     model = random_llama(arguments.cache / f"llama-{name}-{shape['num_hidden_layers']}-layers", **shape)
     with tempfile.TemporaryDirectory(prefix="ts-gpu-lora-") as folder:
         rows = made_up_rows(arguments, int(shape["vocab_size"]))
-        work = _work(arguments, rows, model, Path(folder), cuda=cuda)
+        work = work_of(arguments, rows, model, Path(folder), cuda=cuda)
         write_work(rows, work)
         needed = needed_flops(rows, work, warmup_steps=arguments.warmup_steps)
         say(lines, f"{len(rows)} rows, {work.mean_length:.1f} tokens each, at most {work.max_length}")
         say(lines, f"steps of {work.global_rows} rows; arithmetic of the timed ones: {needed / 1e12:.2f} TFLOP")
-        runner = _Runner(work, arguments.warmup_steps, lines)
+        runner = Runner(work, arguments.warmup_steps, lines)
         rounds, peaks, failed = run_rounds(
             names, 1 if arguments.profile else arguments.rounds, run=runner.run, peak=runner.peak, lines=lines
         )
@@ -151,7 +151,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _able(names: Sequence[str], lines: list[str], *, cuda: bool) -> list[str]:
+def able(names: Sequence[str], lines: list[str], *, cuda: bool) -> list[str]:
     """The contestants that can run here; why the others cannot is said."""
     able = []
     for name in names:
@@ -187,7 +187,7 @@ def made_up_rows(arguments: argparse.Namespace, vocabulary: int) -> TokenizedRow
     return TokenizedRows.of([Batch(counts, offsets, ids, np.packbits(trained, bitorder="little"))])
 
 
-def _work(arguments: argparse.Namespace, rows: TokenizedRows, model: Path, folder: Path, *, cuda: bool) -> Work:
+def work_of(arguments: argparse.Namespace, rows: TokenizedRows, model: Path, folder: Path, *, cuda: bool) -> Work:
     steps = arguments.warmup_steps + arguments.steps
     return Work(
         model=str(model),
@@ -208,7 +208,7 @@ def _work(arguments: argparse.Namespace, rows: TokenizedRows, model: Path, folde
     )
 
 
-class _Runner:
+class Runner:
     """Runs contestants; remembers which of them ran out of memory."""
 
     def __init__(self, work: Work, warmup_steps: int, lines: list[str]) -> None:

@@ -60,10 +60,10 @@ def test_rows_are_the_same_every_time_unequal_and_trained_behind_their_prompts()
 
 def test_who_cannot_run_is_left_out_with_a_reason() -> None:
     lines: list[str] = []
-    assert gpu_lora._able(["ours", "unsloth_packed"], lines, cuda=False) == ["ours"]
+    assert gpu_lora.able(["ours", "unsloth_packed"], lines, cuda=False) == ["ours"]
     assert len(lines) == 1 and lines[0].startswith("unsloth_packed is left out: ")
     with pytest.raises(SystemExit, match="no contestant left"):
-        gpu_lora._able(["trl_wide"], lines, cuda=False)
+        gpu_lora.able(["trl_wide"], lines, cuda=False)
 
 
 def test_the_figures_are_those_of_the_best_setting_of_each_peer() -> None:
@@ -95,7 +95,7 @@ def test_who_runs_out_of_memory_goes_on_with_checkpoints(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(gpu_lora, "run_contestant", contestant)
     rows = gpu_lora.made_up_rows(options(), 512)
-    runner = gpu_lora._Runner(gpu_lora._work(options(), rows, tmp_path, tmp_path, cuda=True), 1, [])
+    runner = gpu_lora.Runner(gpu_lora.work_of(options(), rows, tmp_path, tmp_path, cuda=True), 1, [])
     assert runner.run("trl_wide") is not None and runner.run("trl_wide") is not None
     assert tried == [False, True, True]
 
@@ -106,10 +106,10 @@ def test_ours_and_trl_have_the_same_losses_on_the_same_steps(tmp_path: Path) -> 
     rows = gpu_lora.made_up_rows(options(), 512)
     model = random_llama(tmp_path / "model", **gpu_lora.TINY)
     trace = tmp_path / "trace.json"
-    work = gpu_lora._work(options(profile=trace), rows, model, tmp_path, cuda=False)
+    work = gpu_lora.work_of(options(profile=trace), rows, model, tmp_path, cuda=False)
     contest.write_work(rows, work)
     lines: list[str] = []
-    runner = gpu_lora._Runner(work, 1, lines)
+    runner = gpu_lora.Runner(work, 1, lines)
     ours, theirs = runner.run("ours"), runner.run("trl_stock")
     assert ours is not None and theirs is not None, lines
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)

@@ -169,7 +169,7 @@ def test_a_lost_worker_is_a_new_attempt_with_the_output_there(platform: Running,
     while not platform.storage.exists(f"jobs/{job.id}/attempts/1/output/first.txt"):
         assert platform.client.job(job.id).state not in ("failed", "completed")
         time.sleep(0.2)
-    jobs.kill(platform, "ray::run_program")
+    jobs.kill(platform, job.id, "ray::run_program")
     ended = platform.client.wait(job.id)
     assert (ended.state, ended.attempt) == ("completed", 2), ended
     name = ended.output.split("@")[0]

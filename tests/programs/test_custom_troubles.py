@@ -16,9 +16,10 @@ import httpx
 import psutil
 import pytest
 
-from tests.support import galleries, jobs
-from tests.support.publishing import files_key
+from tests.support import galleries, jobs, programs
+from tests.support.publishing import files_key, publish
 from tests.support.ray_fixture import Running, running_platform
+from tests.support.waiting import until
 from tunesmith import processes
 from tunesmith.api.views import JobView
 from tunesmith.errors import TunesmithError
@@ -277,30 +278,30 @@ def door(running: Running) -> Iterator[Door]:
     door.end()
 
 
+@pytest.fixture(autouse=True)
+def the_door_answers(door: Door) -> Iterator[None]:
+    """Whatever the programs of a test do, the door answers all the while."""
+    before = door.answers
+    yield
+    until(lambda: door.answers > before, limit_s=SLOW_S)
+    assert door.troubles == []
+
+
 @pytest.fixture(scope="module")
-def registered(running: Running, door: Door, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The model whose `train.py` runs the code of its order, and a dataset; the door is asked from now on."""
+def published(running: Running, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The model whose `train.py` runs the code of its order, and a dataset."""
     folder = tmp_path_factory.mktemp("sources")
-    (folder / "points").mkdir()
-    (folder / "points" / "rows.csv").write_text("x,y\n1,2\n")
-    register(running, "troubled", galleries.make(folder / "troubled", TRAIN, parameters=PARAMETERS))
-    dataset = running.client.register_dataset("points", str(folder / "points"))
-    assert running.client.wait(dataset.id).state == "completed"
+    programs.publish_points(running, folder)
+    publish(running, "model", "troubled", galleries.make(folder / "troubled", TRAIN, parameters=PARAMETERS))
 
 
 @pytest.fixture(scope="module")
-def ordered(running: Running, registered: None) -> dict[str, JobView]:
+def ordered(running: Running, published: None) -> dict[str, JobView]:
     """All jobs, in the order in which they are waited for; two run at once."""
     return {
         name: order(running, "troubled", hyperparameters={"code": textwrap.dedent(code)}, **options)
         for name, (code, options) in ORDERS.items()
     }
-
-
-def register(running: Running, name: str, folder: Path) -> JobView:
-    ended = running.client.wait(running.client.register_model(name, str(folder)).id)
-    assert ended.state == "completed", ended
-    return ended
 
 
 def order(running: Running, model: str, **options: Any) -> JobView:
@@ -496,14 +497,14 @@ def own_wheel(folder: Path) -> str:
 
 
 def test_requirements_that_install_are_there_and_those_that_do_not_say_why(
-    running: Running, registered: None, tmp_path: Path
+    running: Running, published: None, tmp_path: Path
 ) -> None:
     train = TRAIN + "import thing; (output / 'word.txt').write_text(thing.WORD)\n"
     fine = galleries.make(tmp_path / "fine", train, parameters=PARAMETERS)
     (fine / "gallery_train" / "requirements.txt").write_text(own_wheel(fine))
-    register(running, "fine", fine)
+    publish(running, "model", "fine", fine)
     bad = galleries.make(tmp_path / "bad", train, parameters=PARAMETERS, requirements_txt="./missing-1.0.tar.gz\n")
-    register(running, "bad", bad)
+    publish(running, "model", "bad", bad)
     first, second = (order(running, name, hyperparameters={"code": "pass"}) for name in ("fine", "bad"))
     ended = wait(running, first)
     assert ended.state == "completed", (ended, jobs.log(running, first.id, "0"))
@@ -524,7 +525,7 @@ def test_requirements_that_install_are_there_and_those_that_do_not_say_why(
 
 
 def test_a_setup_py_that_attacks_gets_nothing_and_leaves_nothing(
-    running: Running, registered: None, tmp_path: Path
+    running: Running, published: None, tmp_path: Path
 ) -> None:
     home, before = running.settings.home, inputs(running)
     hidden = [home / name for name in ("api_token", "ray_token", "records.db", "storage", "storage/models/troubled")]
@@ -547,7 +548,7 @@ def test_a_setup_py_that_attacks_gets_nothing_and_leaves_nothing(
     )
     text = SETUP.replace("SECRETS", repr(secrets)).replace("PLACES", repr(places)).replace("PORTS", repr(ports))
     (package / "setup.py").write_text(text)
-    register(running, "evil", model)
+    publish(running, "model", "evil", model)
     job = order(running, "evil", hyperparameters={"code": '"98101"'})
     ended = wait(running, job)
     assert ended.state == "completed", (ended, jobs.log(running, job.id, "0"))
@@ -562,7 +563,7 @@ def test_a_setup_py_that_attacks_gets_nothing_and_leaves_nothing(
     assert sorted(path.name for path in environment.iterdir()) == ["packages", "requirements.lock"]
 
 
-def test_a_model_with_a_link_is_refused_by_the_name_of_the_link(running: Running, door: Door, tmp_path: Path) -> None:
+def test_a_model_with_a_link_is_refused_by_the_name_of_the_link(running: Running, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     links = {"weights.pt": tmp_path / "secret", "deep": tmp_path, "gallery_train/more.py": Path("train.py")}
     started = {}
@@ -578,7 +579,7 @@ def test_a_model_with_a_link_is_refused_by_the_name_of_the_link(running: Running
 
 
 def test_a_bad_train_params_json_is_told_at_registration_by_file_line_and_key(
-    running: Running, registered: None, tmp_path: Path
+    running: Running, published: None, tmp_path: Path
 ) -> None:
     parameters = [
         {"name": "lr", "type": "float", "default": 0.1},
@@ -591,7 +592,8 @@ def test_a_bad_train_params_json_is_told_at_registration_by_file_line_and_key(
         tmp_path / "m", parameters={"training_methods": [{"name": "a", "hyperparameters": parameters}]}
     )
     lines = (folder / "gallery_train" / "train_params.json").read_text().splitlines()
-    ended = register(running, "malformed", folder)
+    ended = running.client.wait(running.client.register_model("malformed", str(folder)).id)
+    assert ended.state == "completed", ended
     training = running.client.model("malformed").training
     assert training is not None and training.default is None
 
@@ -609,8 +611,3 @@ def test_a_bad_train_params_json_is_told_at_registration_by_file_line_and_key(
         assert expected in (ended.message or ""), ended.message
     with pytest.raises(TunesmithError, match=r"train_params\.json"):
         order(running, "malformed", hyperparameters={})
-
-
-def test_the_door_answered_all_the_while(door: Door) -> None:
-    assert door.answers > 20
-    assert door.troubles == []

@@ -133,7 +133,7 @@ def test_a_lost_worker_takes_its_container_along_and_the_next_attempt_goes_on(
     while not platform.storage.exists(f"jobs/{job.id}/attempts/1/output/first.txt"):
         assert platform.client.job(job.id).state not in ("failed", "completed")
         time.sleep(0.2)
-    (worker,) = jobs.processes(platform, "ray::run_program")
+    (worker,) = jobs.workers(platform, job.id, "ray::run_program")
     container = worker.children(recursive=True)
     assert {"podman", "conmon", "podman-init"} <= {process.name() for process in container}
     worker.kill()

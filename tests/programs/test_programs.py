@@ -429,11 +429,11 @@ def test_a_report_of_pip_that_was_tampered_with_is_not_followed(tmp_path: Path) 
     secret.write_text('{"install": []}')
     report.symlink_to(secret)
     with pytest.raises(SpecError, match="cannot be read"):
-        environments._lock(tmp_path)
+        environments.lock(tmp_path)
     report.unlink()
     os.mkfifo(report)
     with pytest.raises(SpecError, match="cannot be read"):
-        environments._lock(tmp_path)
+        environments.lock(tmp_path)
     report.unlink()
     for text in (
         "[]",
@@ -443,7 +443,7 @@ def test_a_report_of_pip_that_was_tampered_with_is_not_followed(tmp_path: Path) 
     ):
         report.write_text(text)
         with pytest.raises(SpecError, match="cannot be read"):
-            environments._lock(tmp_path)
+            environments.lock(tmp_path)
 
 
 def test_a_package_whose_source_lies_beside_the_requirements_is_built(tmp_path: Path) -> None:

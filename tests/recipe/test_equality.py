@@ -154,6 +154,7 @@ def test_every_number_of_workers(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.slow
 def test_compiled_layers(model_folder: Path, by_hand: tuple[float, Gradients]) -> None:
     made = of_one_worker(model_folder, rows=4, passes=4, packing="auto", compiled=True)
     assert difference(made, by_hand) < TOLERANCE

@@ -262,6 +262,7 @@ def test_held_out_rows_ask_what_generation_is_given_and_plain_text_asks_nothing(
     assert evaluation(0, 1, 2.0, nothing, []).scores == {}
 
 
+@pytest.mark.slow
 def test_workers_share_the_rows_and_each_has_all_answers(model_folder: Path) -> None:
     held_out = HeldOut(["p"] * 3, PROMPTS[:3], ["e"] * 3, max_new_tokens=NEW_TOKENS)
     model = load_model(model_folder, tiny.hyperparameters(), tiny.advanced(), pick_device())

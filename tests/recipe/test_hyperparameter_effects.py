@@ -18,7 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import tiny
+from trainers.attempt.context import Attempt
 from trainers.attempt.fetch import Fetched
+from trainers.attempt.report_writer import ReportWriter
+from trainers.attempt.stop_watch import StopWatch
 from trainers.recipe.checkpoint_files import load_adapter
 from trainers.recipe.collate import pack, pad
 from trainers.recipe.device import pick_device
@@ -27,10 +30,10 @@ from trainers.recipe.loss import loss_sum
 from trainers.recipe.strategy import trained_parameters
 from trainers.recipe.training_loop import Hooks, Outcome, train
 from trainers.text.shards import TokenizedRows
-from trainers.text_job import training_run
 from trainers.text_job.job_data import load_data
 from trainers.text_job.products import write_products
 from trainers.text_job.stored_checkpoints import upload_checkpoint
+from trainers.text_job.training_run import fit_with_restarts
 from tunesmith.assets.catalog import Manifest
 from tunesmith.assets.stored_files import describe_files
 from tunesmith.assets.tables import describe
@@ -40,9 +43,12 @@ from tunesmith.hyperparameters.checks import resolve
 from tunesmith.hyperparameters.definitions import SECTIONS, Advanced, LoraHyperparameters
 from tunesmith.hyperparameters.field import Value, definitions
 from tunesmith.jobs import attempts
+from tunesmith.jobs.attempts import EventLine, EventWriter
 from tunesmith.jobs.spec import TextJob
 from tunesmith.settings import Settings
+from tunesmith.storage import layout
 from tunesmith.storage.folder import FolderStorage
+from tunesmith.storage.segments import read_segments
 
 ROWS = 16
 TOKENIZER = tiny.make_tokenizer()
@@ -432,30 +438,29 @@ def test_save_total_limit_is_how_many_checkpoints_stay(place: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("retries", [0, 1])
-def test_max_retries_is_how_often_a_run_starts_again(
-    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retries: int
-) -> None:
-    starts = 0
+def test_max_retries_is_how_often_a_run_starts_again(place: Path, tmp_path: Path, retries: int) -> None:
+    storage, job, starts = FolderStorage(tmp_path / "storage"), make_job(place, max_retries=retries), []
+    settings = Settings.from_env({"TUNESMITH_HOME": str(tmp_path)})
+    (tmp_path / "checkpoint").mkdir()
 
-    class Events:
-        def write(self, *args: object, **data: object) -> None: ...
-        def flush(self) -> None: ...
-
-    class Attempt:
-        storage, events, name = FolderStorage(tmp_path), Events(), "job-1-a1"
-
-    class Reports:
-        last_step = 0
-
-    def lost(*args: object) -> None:
-        nonlocal starts
-        starts += 1
+    def fit() -> None:
+        starts.append(len(starts))
+        upload_checkpoint(storage, tmp_path / "checkpoint", job_id=job.id, attempt=1, step=3, keep=1)
+        reports.last_step = 5
         raise WorkerLostError("gone")
 
-    monkeypatch.setattr(training_run, "_fit", lost)
-    with pytest.raises(WorkerLostError):
-        training_run._fit_with_restarts(Attempt(), make_job(place, max_retries=retries), Reports(), object)  # type: ignore[arg-type]
-    assert starts == 1 + retries
+    with (
+        EventWriter(storage, job.id, 1) as events,
+        ReportWriter(storage, job.id, 1, events=events, segment_s=1) as reports,
+        pytest.raises(WorkerLostError),
+    ):
+        stop = StopWatch(storage, job.id, 1, deadline=None)
+        fit_with_restarts(Attempt(job, 1, storage, settings, events, stop), job, reports, fit)
+    assert len(starts) == 1 + retries
+    segments = read_segments(storage, layout.events(job.id, 1))
+    said = [EventLine.model_validate_json(line) for segment in segments for line in segment.data.splitlines()]
+    again = [{"restart": 1, "resumed_from_step": 3, "steps_redone": 2}]
+    assert [event.data for event in said if event.data] == again[:retries]
 
 
 # The optimizer: after one step of AdamW from B = 0, all that moved is B, each entry by the learning rate

@@ -48,11 +48,8 @@ def _limited(folder: Path, hyperparameters: dict[str, Any], queue: Any) -> None:
 def with_little_memory(folder: Path, **hyperparameters: Any) -> Any:
     """Steps done, or the error, of a run in a process of its own that may take only so much."""
     queue = workers.CONTEXT.Queue()
-    process = workers.CONTEXT.Process(target=_limited, args=(folder, hyperparameters, queue))
-    process.start()
-    seen = queue.get(timeout=120)
-    process.join(60)
-    return seen
+    with workers.process(_limited, folder, hyperparameters, queue):
+        return queue.get(timeout=workers.LIMIT_S)
 
 
 def test_a_run_whose_memory_runs_out_says_what_takes_half(tmp_path: Path) -> None:

@@ -189,6 +189,7 @@ def test_the_gradient_is_that_of_the_unpacked_weights(model_folder: Path, rows: 
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 def test_splits_padding_compiled_and_checkpointed_layers_change_nothing(
     model_folder: Path, rows: TokenizedRows, bits: int, caplog: pytest.LogCaptureFixture

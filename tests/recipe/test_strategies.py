@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import tiny, workers
-from tests.support.tensors import assert_close
+from tests.support.recipe_alone import assert_close
 from trainers.recipe import zero
 from trainers.recipe.checkpoint_files import MOMENTS
 from trainers.recipe.device import pick_device

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import tiny, workers
-from tests.support.tensors import assert_close
+from tests.support.recipe_alone import assert_close
 from trainers.recipe import training_loop
 from trainers.recipe.ddp import Flat
 from trainers.recipe.device import pick_device
@@ -79,6 +79,7 @@ def _gloo_worker(rank: int, model_folder: Path, out: Path, queue: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_do_what_one_does(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()

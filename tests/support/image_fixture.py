@@ -21,6 +21,14 @@ DEBOOTSTRAP = ["debootstrap", "--foreign", "--variant=minbase", "--include=pytho
 UNUSED = ("debootstrap", "proc", "var/cache/apt", "var/lib/apt", "usr/share/doc", "usr/share/locale", "usr/share/man")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the image is slow: it takes half a minute to make."""
+    for item in items:
+        if "debian_image" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def podman(tmp_path_factory: pytest.TempPathFactory) -> None:
     """podman works here; else the test is skipped, or fails where IMAGES_REQUIRED is set."""

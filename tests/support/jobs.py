@@ -7,10 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from tests.support import tiny
-from tests.support.publishing import publish
+from tests.support.publishing import files_key, publish
 from tests.support.ray_fixture import Running
 from tests.support.waiting import until
 from tunesmith.api.client import read_on
@@ -30,8 +31,8 @@ def make_sources(folder: Path) -> tuple[Path, Path]:
     data = folder / "data"
     data.mkdir()
     rows = [json.dumps(row) + "\n" for row in tiny.sums(300)]
-    (data / "train.jsonl").write_text("".join(rows[:260]))
-    (data / "held_out.jsonl").write_text("".join(rows[260:]))
+    (data / "train.jsonl").write_text("".join(rows[: tiny.TRAINED_ROWS]))
+    (data / "held_out.jsonl").write_text("".join(rows[tiny.TRAINED_ROWS :]))
     return model, data
 
 
@@ -104,12 +105,36 @@ def processes(running: Running, part: str) -> Iterator[psutil.Process]:
                 yield process
 
 
-def kill(running: Running, part: str) -> int:
-    """kill -9 of one process, found by a part of its command line; its pid."""
-    process = next(iter(sorted(processes(running, part), key=lambda p: p.pid)))
-    os.kill(process.pid, 9)
-    process.wait(10)
-    return process.pid
+def workers(running: Running, job_id: str, part: str) -> list[psutil.Process]:
+    """The living processes of the job's newest attempt that Ray named after `part`, by their ids."""
+    attempt = attempts.attempt_name(job_id, running.client.job(job_id).attempt)
+    token = running.settings.ray_token_path.read_text().strip()
+    answer = httpx.get(
+        f"{running.settings.ray_jobs_url}/api/jobs/{attempt}",
+        headers={"Authorization": f"Bearer {token}"},
+        trust_env=False,
+    )
+    ray_job = answer.raise_for_status().json()["job_id"]
+    found = []
+    for process in processes(running, part):
+        with suppress(psutil.Error):
+            if process.environ().get("RAY_JOB_ID") == ray_job:
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def kill(running: Running, job_id: str, part: str) -> None:
+    """kill -9 of the job's first worker that Ray named after `part`."""
+    victim, *_ = workers(running, job_id, part)
+    os.kill(victim.pid, 9)
+    victim.wait(10)
+
+
+def model_files(running: Running, job_id: str) -> Path:
+    """The folder with the files of the model that the job made."""
+    folder = running.storage.local_path(_model_key(running, job_id))
+    assert folder is not None
+    return folder
 
 
 def driver(running: Running, job_id: str) -> psutil.Process:
@@ -120,6 +145,15 @@ def driver(running: Running, job_id: str) -> psutil.Process:
             if command[1:3] == ["-m", "trainers"] and job_id in command[3]:
                 return process
     raise AssertionError(f"{job_id} has no driver")
+
+
+def model_file(running: Running, job_id: str, path: str) -> bytes:
+    """One file of the model that the job made."""
+    return running.storage.get(f"{_model_key(running, job_id)}/{path}")
+
+
+def _model_key(running: Running, job_id: str) -> str:
+    return files_key(running.storage, running.client.job(job_id).output)
 
 
 def checkpoint_steps(running: Running, job_id: str) -> list[int]:

@@ -1,6 +1,8 @@
 """Checkpoints reach storage beside the training: whole, in their order, through storage's troubles."""
 
 import os
+import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.s3_server import BUCKET, endpoint, free_ports, s3_keys, s3_process
+from tests.support import workers
 from tests.support.waiting import until
 from trainers.text_job.checkpoint_uploads import Uploads
 from tunesmith.errors import StorageError
@@ -152,15 +155,23 @@ def test_one_that_cannot_be_stored_is_said_and_the_next_one_is(tmp_path: Path, t
     assert steps(storage) == [2]
 
 
+def _killed_with_a_checkpoint_under_way(tmp_path: Path, job_id: str) -> None:
+    def permits(key: str) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with uploads(Troubled(tmp_path / "storage", permits), job_id=job_id) as beside:
+        beside.add_checkpoint(7, made(tmp_path, 7))
+
+
 def test_what_a_killed_worker_left_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
-    storage = FolderStorage(tmp_path / "storage")
-    killed = uploads(storage)
-    killed._folder.mkdir()
-    made(tmp_path, 7).rename(killed._folder / "7")
+    storage, job_id = FolderStorage(tmp_path / "storage"), f"job-{os.getpid()}"
+    assert workers.exit_code(_killed_with_a_checkpoint_under_way, tmp_path, job_id) == -signal.SIGKILL
+    left = list(Path(tempfile.gettempdir()).glob(f"tunesmith-{job_id}-*/7"))
+    assert len(left) == 1
     with uploads(storage) as beside:
         beside.add_checkpoint(8, made(tmp_path, 8))
     assert steps(storage) == [8]
-    assert not killed._folder.exists()
+    assert not left[0].exists()
 
 
 @pytest.mark.s3

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from tests.support import jobs, tiny
 from tests.support.publishing import files_key, publish
 from tests.support.ray_fixture import Running
+from tests.support.recipe_alone import assert_close, train_alone
 from trainers.recipe.evaluation import score
+from tunesmith.api.views import JobView
 from tunesmith.clock import seconds
 from tunesmith.errors import SpecError
 from tunesmith.jobs.spec import TrainSpec
@@ -29,20 +31,36 @@ def ready(platform: Running, tmp_path_factory: pytest.TempPathFactory) -> Runnin
     return platform
 
 
-def run(running: Running, spec: TrainSpec) -> str:
-    job = running.client.wait(running.client.submit(spec).id)
-    assert job.state == "completed", (job, jobs.log(running, job.id, "driver"))
+@pytest.fixture(scope="module")
+def ordered(ready: Running, tmp_path_factory: pytest.TempPathFactory) -> dict[str, JobView]:
+    """Jobs that need nothing of each other, in the order in which they are waited for; two run at once."""
+    folder = tmp_path_factory.mktemp("numbers")
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 7}\n')
+    publish(ready, "dataset", "numbers", folder)
+    endless = {"hyperparameters": {"max_steps": 5000, "save_steps": 1000}, "advanced": {"num_train_epochs": 1000}}
+    specs = {
+        "new": jobs.spec(hyperparameters={"max_steps": 150, "save_steps": 50}, advanced={"num_train_epochs": 10}),
+        "earlier": jobs.spec(output_model="earlier", hyperparameters={"max_steps": 30, "lora_rank": 4}),
+        "quantized": jobs.spec(output_model="tuned-4", hyperparameters={"max_steps": 4, "bits": 4}),
+        "time limit": jobs.spec(output_model="never", max_run_time_s=1, **endless),
+        "bad rows": jobs.spec(dataset="numbers", hyperparameters={"test_data_file": None}),
+    }
+    return {name: ready.client.submit(spec) for name, spec in specs.items()}
+
+
+def completed(running: Running, job: JobView) -> str:
+    """The id of the job, which has ended well."""
+    ended = running.client.wait(job.id)
+    assert ended.state == "completed", (ended, jobs.log(running, job.id, "driver"))
     return job.id
+
+
+def run(running: Running, spec: TrainSpec) -> str:
+    return completed(running, running.client.submit(spec))
 
 
 def losses(running: Running, job_id: str) -> dict[int, float]:
     return {line.step: line.value for line in jobs.metrics(running, job_id, "loss")}
-
-
-def model_files(running: Running, job_id: str) -> Path:
-    folder = running.storage.local_path(files_key(running.storage, running.client.job(job_id).output))
-    assert folder is not None
-    return folder
 
 
 def prometheus(running: Running) -> str:
@@ -52,14 +70,12 @@ def prometheus(running: Running) -> str:
     return "".join(httpx.get(f"http://{target}/metrics", trust_env=False).text for target in targets)
 
 
-def test_an_order_becomes_a_new_model(ready: Running) -> None:
+def test_an_order_becomes_a_new_model(ready: Running, ordered: dict[str, JobView]) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     exported: dict[str, list[str]] = {}
-    job = ready.client.submit(
-        jobs.spec(hyperparameters={"max_steps": 150, "save_steps": 50}, advanced={"num_train_epochs": 10})
-    )
+    job = ordered["new"]
     for _ in ready.client.follow_events(job.id):
         for name in ("loss", "throughput"):
             exported.setdefault(name, []).extend(
@@ -113,7 +129,9 @@ def test_an_order_becomes_a_new_model(ready: Running) -> None:
         job.id,
         "text-question-answering",
     )
-    folder = model_files(ready, job.id)
+    # What it was merged into is a model like any other.
+    assert asset.training is not None and "text-question-answering" in asset.training.allowed
+    folder = jobs.model_files(ready, job.id)
     base = ready.storage.local_path(files_key(ready.storage, "tiny@1"))
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
@@ -127,39 +145,34 @@ def test_an_order_becomes_a_new_model(ready: Running) -> None:
     assert (parameters["max_steps"], parameters["lora_rank"], parameters["num_train_epochs"]) == (150, 8, 10)
 
 
-def test_a_job_goes_on_from_an_earlier_result(ready: Running) -> None:
-    data = {"train_data_file": "train.jsonl", "test_data_file": "held_out.jsonl"}
-    steps = {"max_steps": 30, "lora_rank": 4, **data}
-    first = run(ready, jobs.spec(output_model="first", hyperparameters=steps))
-    path = layout.join(ready.storage.url, layout.asset("model", "first", 1))
+def test_a_job_goes_on_from_an_earlier_result(ready: Running, ordered: dict[str, JobView]) -> None:
+    first = completed(ready, ordered["earlier"])
+    path = layout.join(ready.storage.url, layout.asset("model", "earlier", 1))
     # Its rank is the earlier one's where none is given.
-    order = jobs.spec(output_model="second", hyperparameters={"max_steps": 30, "finetuned_model": path, **data})
+    order = jobs.spec(output_model="second", hyperparameters={"max_steps": 30, "finetuned_model": path})
     second = run(ready, order)
     resolved = json.loads(ready.storage.get(layout.job_json(second)))["hyperparameters"]
-    assert (resolved["finetuned_model"], resolved["lora_rank"]) == ("first@1", 4)
+    assert (resolved["finetuned_model"], resolved["lora_rank"]) == ("earlier@1", 4)
     before, *_ = ready.client.evaluations(second).items
     *_, after = ready.client.evaluations(first).items
     assert (before.step, after.step) == (0, 30)
     assert before.loss == pytest.approx(after.loss, abs=1e-4)
     assert ready.client.evaluations(second).items[-1].loss < before.loss
-    # What it was merged into is a model like any other.
-    third = run(ready, jobs.spec(model="second", output_model="third", hyperparameters={"max_steps": 2, **data}))
-    assert ready.client.evaluations(third).items[0].loss == pytest.approx(
-        ready.client.evaluations(second).items[-1].loss, abs=1e-4
-    )
 
 
-def test_a_job_over_a_quantized_base_publishes_the_full_base_with_its_adapter(ready: Running) -> None:
+def test_a_job_over_a_quantized_base_publishes_the_full_base_with_its_adapter(
+    ready: Running, ordered: dict[str, JobView]
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    job_id = run(ready, jobs.spec(hyperparameters={"max_steps": 4, "bits": 4}, output_model="tuned-4"))
+    job_id = completed(ready, ordered["quantized"])
     by_step = losses(ready, job_id)
-    full = losses(ready, run(ready, jobs.spec(hyperparameters={"max_steps": 1}, output_model="tuned-full")))
+    full = losses(ready, completed(ready, ordered["new"]))
     assert sorted(by_step) == [1, 2, 3, 4]
     assert by_step[1] == pytest.approx(full[1], rel=0.15)
     assert by_step[1] != pytest.approx(full[1], rel=1e-5)
     assert [made.step for made in ready.client.evaluations(job_id).items] == [0, 4]
-    folder = model_files(ready, job_id)
+    folder = jobs.model_files(ready, job_id)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     merged = AutoModelForCausalLM.from_pretrained(folder)
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
@@ -174,31 +187,16 @@ def test_two_workers_train_as_one_does(ready: Running) -> None:
     assert jobs.log(ready, two, "1")
 
 
-def test_workers_that_share_weights_leave_the_same_model(ready: Running) -> None:
-    hyperparameters = {"per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 3}
-    made = []
-    for strategy in ("ddp", "zero3"):
-        job = run(ready, jobs.spec(cards=2, hyperparameters=hyperparameters, advanced={"strategy": strategy}))
-        made.append((job, load_file(model_files(ready, job) / "model.safetensors")))
-        assert f"strategy {strategy}, 2 workers" in jobs.log(ready, job, "0")
-    (one, right), (two, merged) = made
-    assert losses(ready, two) == pytest.approx(losses(ready, one), abs=1e-4)
-    assert ready.client.evaluations(two).items[-1].answers == ready.client.evaluations(one).items[-1].answers
-    for name, weight in right.items():
-        torch.testing.assert_close(merged[name], weight, atol=1e-4, rtol=0)
-
-
-def test_a_killed_controller_costs_an_attempt_and_not_the_job(ready: Running) -> None:
-    steps = {"max_steps": 120, "save_steps": 20}
-    job = ready.client.submit(jobs.spec(hyperparameters=steps, advanced={"num_train_epochs": 10}))
-    jobs.wait_for_checkpoints(ready, job, 2)
-    jobs.kill(ready, "ray::TrainController")
-    ended = ready.client.wait(job.id)
-    assert (ended.state, ended.attempt) == ("completed", 2)
-    first_steps = [event.data["first_step"] for event in jobs.events(ready, job.id) if "first_step" in event.data]
-    assert first_steps[0] == 1
-    assert first_steps[1] > 40
-    assert sorted(losses(ready, job.id)) == list(range(1, 121))
+def test_workers_that_share_weights_leave_the_same_model(ready: Running, tmp_path: Path) -> None:
+    given = {"max_steps": 6, "save_steps": 3, "lora_rank": 4}
+    whole = train_alone(tmp_path, hyperparameters={**given, "per_device_train_batch_size": 8}, advanced={})
+    halves = {**given, "per_device_train_batch_size": 4}
+    job = run(ready, jobs.spec(cards=2, hyperparameters=halves, advanced={"strategy": "zero3"}))
+    assert "strategy zero3, 2 workers" in jobs.log(ready, job, "0")
+    assert losses(ready, job) == pytest.approx(whole.losses, abs=1e-4)
+    made = load_file(jobs.model_files(ready, job) / "adapter" / "adapter_model.safetensors")
+    assert_close(made, load_file(whole.adapter), 3e-4)
+    assert [made.step for made in ready.client.evaluations(job).items] == [0, 3, 6]
 
 
 def test_a_stopped_job_has_saved_a_checkpoint_and_makes_no_model(ready: Running) -> None:
@@ -249,25 +247,16 @@ def test_workers_that_make_answers_stop_where_they_are(ready: Running, tmp_path:
     assert jobs.checkpoint_steps(ready, job.id) == [1]
 
 
-def test_a_job_whose_time_is_up_stops_with_a_checkpoint(ready: Running) -> None:
-    order = jobs.spec(
-        output_model="never",
-        max_run_time_s=1,
-        hyperparameters={"max_steps": 5000, "save_steps": 1000},
-        advanced={"num_train_epochs": 1000},
-    )
-    ended = ready.client.wait(ready.client.submit(order).id)
+def test_a_job_whose_time_is_up_stops_with_a_checkpoint(ready: Running, ordered: dict[str, JobView]) -> None:
+    ended = ready.client.wait(ordered["time limit"].id)
     assert (ended.state, ended.reason) == ("stopped", "time_limit")
     assert jobs.checkpoint_steps(ready, ended.id)
 
 
 def test_rows_that_cannot_be_trained_fail_the_job_with_the_row_and_are_not_tried_again(
-    ready: Running, tmp_path: Path
+    ready: Running, ordered: dict[str, JobView]
 ) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 7}\n')
-    publish(ready, "dataset", "numbers", tmp_path)
-    order = jobs.spec(dataset="numbers", hyperparameters={"test_data_file": None})
-    ended = ready.client.wait(ready.client.submit(order).id)
+    ended = ready.client.wait(ordered["bad rows"].id)
     assert (ended.state, ended.reason, ended.attempt) == ("failed", "data_error", 1)
     assert "rows.jsonl: line 2: column 'response' must hold text" in (ended.message or "")
 

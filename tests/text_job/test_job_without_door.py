@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 
 from tests.support import jobs
+from tests.support.publishing import publish
 from tests.support.ray_fixture import Running, running_platform
 from tests.support.s3_fixture import S3Server
 from tunesmith.local import local_platform
@@ -68,9 +69,9 @@ def test_a_job_without_a_door_leaves_the_same_and_is_adopted(
     running: Running, tmp_path: Path, s3_server: S3Server
 ) -> None:
     model, data = jobs.make_sources(tmp_path)
-    for asset, source in (("model", model), ("dataset", data)):
-        order: dict[str, object] = {"kind": "register", "asset": asset, "name": "tiny", "source": str(source)}
-        submit(running, render(running, order, tmp_path), tmp_path)
+    publish(running, "model", "tiny", model)
+    order: dict[str, object] = {"kind": "register", "asset": "dataset", "name": "tiny", "source": str(data)}
+    submit(running, render(running, order, tmp_path), tmp_path)
     url = render(running, jobs.spec().model_dump(exclude_none=True), tmp_path)
     job_id = url.split("/")[-2]
     printed = submit(running, url, tmp_path)

@@ -31,7 +31,9 @@ from tunesmith.storage.base import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
-OUTAGE_S = 60.0
+OUTAGE_S = 20.0
+STEPS = 500
+"""Of the recipe's job: more than it does until the outage is over."""
 
 
 @dataclass
@@ -113,30 +115,81 @@ def assert_whole(storage: Storage, key: str, files: str) -> None:
         assert hashlib.sha256(storage.get(f"{files}/{file['path']}")).hexdigest() == file["sha256"], file
 
 
-def test_a_job_goes_on_while_storage_is_away_for_a_minute(running: Running, server: Server) -> None:
-    job = order(running, max_steps=800)
-    wait_for_step(running, job.id, 20)
+PROGRAM_STEPS = 40
+PROGRAM = f"""
+import os, pathlib, time
+for step in range(1, {PROGRAM_STEPS} + 1):
+    with open(os.environ["ENV_AG_USER_METRICS_LOG_PATH"], "a") as file:
+        file.write(f"{{step}}|{{1 / step}}|1\\n")
+    print("step", step, "at", time.time(), flush=True)
+    time.sleep(0.25)
+pathlib.Path(os.environ["ENV_AG_TRAIN_OUTPUT_DIR"], "weights").write_bytes(b"tuned")
+"""
+
+
+@dataclass(frozen=True)
+class Outage:
+    """A job of each kind, and when storage was away from them, seconds since the epoch."""
+
+    recipe: JobView
+    program: JobView
+    away: float
+    back: float
+    door_answers: int
+
+
+@pytest.fixture(scope="module")
+def outage(running: Running, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Outage:
+    """The recipe's job trains before, during and after it; the program's ends during it."""
+    parameters = {"training_methods": [{"name": "full", "hyperparameters": []}]}
+    folder = galleries.make(tmp_path_factory.mktemp("model") / "program", PROGRAM, parameters=parameters)
+    spec = TrainSpec(
+        model=publish(running, "model", "program", folder),
+        dataset="tiny",
+        flavor="cpu-small",
+        output_model="program-new",
+    )
+    recipe = order(running, max_steps=STEPS)
+    wait_for_step(running, recipe.id, 1)
+    program = running.client.submit(spec)
+    wait_for_step(running, program.id, 3)
+    wait_for_step(running, recipe.id, 20)
     server.kill()
     away, answers = time.time(), 0
     with Client(running.settings.door_url, running.settings.api_token_path.read_text(), retry_s=0) as client:
         while time.time() < away + OUTAGE_S:
             # The records are in the database: the door says where the job is, and of its log that it is away.
-            assert client.job(job.id).state == "running"
+            assert client.job(recipe.id).state == "running"
             with pytest.raises(TunesmithError, match="does not answer"):
-                client.logs(job.id, rank="0")
+                client.logs(recipe.id, rank="0")
             answers += 1
             time.sleep(1)
-    assert answers > 1
     server.start()
-    back = time.time()
+    return Outage(recipe, program, away, time.time(), answers)
+
+
+def test_a_job_goes_on_while_storage_is_away(running: Running, outage: Outage) -> None:
+    job, away = outage.recipe, outage.away
+    assert outage.door_answers > 1
     ended = running.client.wait(job.id)
     assert (ended.state, ended.attempt) == ("completed", 1), jobs.log(running, job.id, "driver")
-    assert_nothing_is_lost(running, job.id, 800, 100)
+    assert_nothing_is_lost(running, job.id, STEPS, 100)
     times = [seconds(line.time) for line in jobs.metrics(running, job.id, "loss")]
     for begin in range(0, int(OUTAGE_S), 10):
         assert any(away + begin <= at < away + begin + 10 for at in times), f"no step {begin} s into the outage"
-    assert times[-1] > back
+    assert times[-1] > outage.back
     assert not any("restart" in event.data for event in jobs.events(running, job.id))
+
+
+def test_a_custom_job_runs_and_ends_while_storage_is_away(running: Running, outage: Outage) -> None:
+    job = outage.program
+    ended = running.client.wait(job.id)
+    assert (ended.state, ended.attempt) == ("completed", 1), jobs.log(running, job.id, "driver")
+    said = re.findall(r"step (\d+) at ([\d.]+)", jobs.log(running, job.id, "0"))
+    assert [int(step) for step, _ in said] == list(range(1, PROGRAM_STEPS + 1))
+    assert outage.away < float(said[-1][1]) < outage.back
+    assert [line.step for line in jobs.metrics(running, job.id, "loss")] == list(range(1, PROGRAM_STEPS + 1))
+    assert jobs.model_file(running, job.id, "weights") == b"tuned"
 
 
 @pytest.mark.soak
@@ -152,38 +205,6 @@ def test_a_run_that_ends_while_storage_is_away_waits_with_its_model(running: Run
     assert (ended.state, ended.attempt) == ("completed", 1), jobs.log(running, job.id, "driver")
     assert_nothing_is_lost(running, job.id, 100, 50)
     assert max(seconds(line.time) for line in jobs.metrics(running, job.id, "eval_loss")) < back
-
-
-def test_a_custom_job_runs_and_ends_while_storage_is_away(running: Running, server: Server, tmp_path: Path) -> None:
-    train = """
-import os, pathlib, time
-for step in range(1, 41):
-    with open(os.environ["ENV_AG_USER_METRICS_LOG_PATH"], "a") as file:
-        file.write(f"{step}|{1 / step}|1\\n")
-    print("step", step, "at", time.time(), flush=True)
-    time.sleep(0.5)
-pathlib.Path(os.environ["ENV_AG_TRAIN_OUTPUT_DIR"], "weights").write_bytes(b"tuned")
-"""
-    folder = galleries.make(tmp_path / "custom", train, parameters={"training_methods": [
-        {"name": "full", "hyperparameters": []}]})  # fmt: skip
-    publish(running, "model", "custom", folder)
-    job = running.client.submit(
-        TrainSpec(model="custom", dataset="tiny", flavor="cpu-small", output_model="custom-new")
-    )
-    wait_for_step(running, job.id, 5)
-    server.kill()
-    away = time.time()
-    # The program goes on, and ends; its log, its metrics, its output and the model wait.
-    time.sleep(OUTAGE_S)
-    server.start()
-    back = time.time()
-    ended = running.client.wait(job.id)
-    assert (ended.state, ended.attempt) == ("completed", 1), jobs.log(running, job.id, "driver")
-    said = re.findall(r"step (\d+) at ([\d.]+)", jobs.log(running, job.id, "0"))
-    assert [int(step) for step, _ in said] == list(range(1, 41))
-    assert away < float(said[-1][1]) < back
-    assert [line.step for line in jobs.metrics(running, job.id, "loss")] == list(range(1, 41))
-    assert running.storage.get(f"{files_key(running.storage, ended.output)}/weights") == b"tuned"
 
 
 @pytest.mark.soak

@@ -110,7 +110,7 @@ def _build(
     for left in (source, temporary):
         outputs.remove(left)
     partial = folder / f"{LOCK}.partial"
-    partial.write_text(_lock(packages))
+    partial.write_text(lock(packages))
     partial.replace(folder / LOCK)
 
 
@@ -127,7 +127,7 @@ def _key(requirements: Path) -> str:
     return sha256.hexdigest()[:32]
 
 
-def _lock(packages: Path) -> str:
+def lock(packages: Path) -> str:
     """The lock file, from pip's report. SpecError where what was installed has put something else in its place."""
     lines = []
     try:

@@ -49,7 +49,7 @@ def run_training(attempt: Attempt, job: TextJob) -> Result:
         report_writer(attempt, stored=lambda step: _tell_stored(attempt, step)) as reports,
         ReportSocket(reports) as socket,
     ):
-        _fit_with_restarts(attempt, job, reports, socket.callback)
+        fit_with_restarts(attempt, job, reports, lambda: _fit(attempt, job, socket.callback()))
         products = reports.products
     if products is None:
         raise WorkerLostError("the workers ended without a last report")
@@ -72,11 +72,11 @@ def _tell_stored(attempt: Attempt, step: int) -> None:
         logger.exception("%s: the workers could not be told of step %d", attempt.name, step)
 
 
-def _fit_with_restarts(attempt: Attempt, job: TextJob, reports: ReportWriter, callback: Callable[[], Any]) -> None:
-    """Run the workers to their end; after lost ones again from the newest checkpoint, up to `max_retries` times."""
+def fit_with_restarts(attempt: Attempt, job: TextJob, reports: ReportWriter, fit: Callable[[], None]) -> None:
+    """`fit` the workers to their end; after lost ones again from the newest checkpoint, up to `max_retries` times."""
     for restart in range(1, job.advanced.max_retries + 2):
         try:
-            _fit(attempt, job, callback())
+            fit()
             return
         except WorkerLostError as error:
             if restart > job.advanced.max_retries:

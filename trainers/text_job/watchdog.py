@@ -26,15 +26,17 @@ class Watchdog:
     A worker hangs with its peers: each waits for the others in a collective, so each says where it stands.
     """
 
-    def __init__(self, timeout_s: float, hung: Callable[[str], object]) -> None:
-        self._timeout_s, self._hung = timeout_s, hung
+    def __init__(
+        self, timeout_s: float, hung: Callable[[str], object], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._timeout_s, self._hung, self._clock = timeout_s, hung, clock
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.beat()
 
     def beat(self) -> None:
         """There is progress."""
-        self._last = time.monotonic()
+        self._last = self._clock()
 
     def __enter__(self) -> Watchdog:
         self.beat()
@@ -46,8 +48,8 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(max(0.0, self._last + self._timeout_s - time.monotonic())):
-            if time.monotonic() - self._last >= self._timeout_s:
+        while not self._done.wait(max(0.0, self._last + self._timeout_s - self._clock())):
+            if self._clock() - self._last >= self._timeout_s:
                 self._hung(stacks())
                 return
 
