@@ -8,13 +8,17 @@ import os
 import socket
 import time
 
+import psutil
+
 from trainers.attempt.context import Attempt
+from trainers.attempt.heartbeat import Pulse
 from trainers.attempt.stop_watch import StopWatch, stopped
+from tunesmith import processes
 from tunesmith.assets.catalog import published
 from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, SpecError, StorageError, UnavailableError
 from tunesmith.jobs import attempts
-from tunesmith.jobs.attempts import Claim, EventWriter, Result
+from tunesmith.jobs.attempts import Claim, DriverProcess, EventWriter, Result
 from tunesmith.jobs.spec import CustomJob, Job, RegisterJob, parse_job
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
@@ -39,24 +43,27 @@ def drive(job_url: str, number: int, settings: Settings) -> int:
         )
     # Whoever could write the file could write any account into it.
     job = job.model_copy(update={"account": settings.account})
-    mine = Claim(submission_id=_submission_id(), host=socket.gethostname(), pid=os.getpid(), time=utc_text())
+    mine = Claim(submission_id=_submission_id(), time=utc_text(), process=_process())
     if not attempts.claim(storage, job_id, number, mine):
         logging.basicConfig(level=logging.INFO)
         logger.info("%s: attempt %d was claimed before; there is nothing to do", job_id, number)
         return 0
+    os.environ[attempts.MARK] = attempts.attempt_name(job_id, number)  # where nobody launched this driver
     # Imported only by the owner of an attempt: a second start ends at once.
     from trainers.attempt.logs import log_to_job
 
     with log_to_job(storage, job_id, number, "driver", settings):
         stop = StopWatch(storage, job_id, number, deadline=_deadline(storage, job, number))
-        with EventWriter(storage, job_id, number, segment_s=settings.segment_s) as events, stop.watching():
-            result = _run(Attempt(job, number, storage, settings, events, stop))
-        result = attempts.finish(storage, job_id, number, result)
+        with Pulse(storage, job_id, number, settings=settings, stop=stop).beating() as pulse:
+            with EventWriter(storage, job_id, number, segment_s=settings.segment_s) as events, stop.watching():
+                result = _run(Attempt(job, number, storage, settings, events, stop), pulse)
+            pulse.check()
+            result = attempts.finish(storage, job_id, number, result)
         logger.info("%s: attempt %d %s: %s", job_id, number, result.outcome, result.message)
     return 0 if result.outcome in ("completed", "stopped") else 1
 
 
-def _run(attempt: Attempt) -> Result:
+def _run(attempt: Attempt, pulse: Pulse) -> Result:
     job = attempt.job
     try:
         if published(attempt.storage, *job.output, by=job.id) is not None:
@@ -81,6 +88,9 @@ def _run(attempt: Attempt) -> Result:
         return Result(outcome="lost", reason="worker_lost", message=str(error), time=utc_text())
     except Exception as error:
         # The process's border: whatever went wrong is the attempt's result.
+        if pulse.ray_is_gone():
+            logger.exception("%s: attempt %d is given up: its Ray is gone", job.id, attempt.number)
+            return Result(outcome="lost", reason="worker_lost", message=f"Ray was lost: {error}", time=utc_text())
         logger.exception("%s: attempt %d failed", job.id, attempt.number)
         return attempts.failure(error)
 
@@ -97,6 +107,16 @@ def _where(attempt: Attempt) -> str:
     saved = attempts.checkpoints(attempt.storage, attempt.job.id)
     where = f" before attempt {attempt.number} began"
     return where + (f", with the checkpoint of step {saved[-1].step}" if saved else "")
+
+
+def _process() -> DriverProcess:
+    return DriverProcess(
+        host=socket.gethostname(),
+        node=processes.node(),
+        pid=os.getpid(),
+        created=psutil.Process().create_time(),
+        platform=os.environ.get(processes.PLATFORM_MARK),
+    )
 
 
 def _submission_id() -> str | None:

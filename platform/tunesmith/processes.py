@@ -11,9 +11,11 @@ there is before a program has asked for PR_SET_PDEATHSIG.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -26,6 +28,15 @@ _WATCHED = (
     '( ( read -r _ <&3; kill -s KILL -- "$target" ) >/dev/null 2>&1 & ); exec 3<&-; exec "$@"'
 )
 """Runs a command beside a watcher that kills once stdin ends. The watcher is no child of the command's."""
+
+
+def node() -> str:
+    """Where a process id means one process: this machine, since it was booted, and this namespace of processes."""
+    try:
+        place = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        place = f"{psutil.boot_time():.0f}"
+    return f"{socket.gethostname()} {place}"
 
 
 def find(pid: int, created: float) -> psutil.Process | None:

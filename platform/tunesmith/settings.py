@@ -70,6 +70,8 @@ class Settings(Frozen):
     """Time in seconds that a stopping job has to save its checkpoint before Ray stops it."""
     storage_patience_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
     """How long a job's processes wait for a storage that does not answer, in seconds; then the attempt is lost."""
+    heartbeat_s: Seconds = 10.0
+    """How often a job's driver says that it lives, in seconds; one that is silent three times as long is replaced."""
     hang_timeout_s: Seconds = 1800.0
     """A worker that makes no progress for so many seconds says where it stands and is started again."""
     isolation: Literal["bubblewrap", "none"] = "bubblewrap"
@@ -119,6 +121,16 @@ class Settings(Frozen):
         return self.home / "ray_token"
 
     @property
+    def heartbeat_stale_s(self) -> float:
+        """How long a heartbeat may stay the same, while storage answers, before its driver counts as gone."""
+        return 3 * self.heartbeat_s
+
+    @property
+    def heartbeat_lasts_s(self) -> float:
+        """How long a driver goes on at most without being able to renew its heartbeat."""
+        return self.storage_patience_s + self.heartbeat_stale_s
+
+    @property
     def door_url(self) -> str:
         return f"http://{self.host}:{self.port}"
 
@@ -127,7 +139,7 @@ class Settings(Frozen):
         return f"http://127.0.0.1:{self.ray_dashboard_port}"
 
 
-_OTHERS = {PREFIX + name for name in ("ATTEMPT", "URL", "TOKEN", "PLATFORM", "PROGRAM")}
+_OTHERS = {PREFIX + name for name in ("ATTEMPT", "ATTEMPT_NAME", "URL", "TOKEN", "PLATFORM", "PROGRAM")}
 """Variables that belong to one process: the driver's attempt; the CLI's door and token; marks of what was started."""
 
 _IN_HOME = {"home": "~/.tunesmith", "storage_url": "{home}/storage", "database_url": "sqlite:///{home}/records.db"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tunesmith.errors import UnavailableError
-from tunesmith.jobs.attempts import attempt_name
+from tunesmith.jobs.attempts import MARK, attempt_name
 from tunesmith.settings import Settings
 
 ALIVE = frozenset({"PENDING", "RUNNING"})
@@ -64,7 +64,7 @@ class RayLauncher:
         # No database: a driver needs none, its URL may hold a password, and Ray shows the environment to all.
         settings = self._settings.model_copy(update={"account": account})
         own = {name: text for name, text in settings.to_env().items() if name != "TUNESMITH_DATABASE_URL"}
-        environment = {**own, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+        environment = {**own, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), MARK: attempt_name(job_id, attempt)}
         with self._errors():
             try:
                 self._client().submit_job(

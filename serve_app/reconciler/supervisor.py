@@ -1,21 +1,21 @@
 """Follows an attempt on the cluster: starts it, adopts its events, and closes it from its result.
 
-The attempt's own records say what happened. Ray is asked only whether a driver without a result is still alive.
+The attempt's own records say what happened. Of a driver without a result the heartbeat and the process say whether it
+lives, whatever Ray says; Ray's word counts before the driver has claimed its attempt.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections.abc import Callable, Collection
 
 from pydantic import ValidationError
 
+from serve_app.reconciler.drivers import Drivers, Life
 from serve_app.reconciler.event_lines import EventLines
 from serve_app.reconciler.launcher import ALIVE, STOP_WAIT_S, Launcher, RayJob
 from serve_app.reconciler.lease import LeasedRecords
-from tunesmith import clock
+from tunesmith import clock, taken_down
 from tunesmith.assets.catalog import published
 from tunesmith.errors import ConflictError
 from tunesmith.jobs import attempts
@@ -67,7 +67,10 @@ class Supervisor:
         self._settings = settings
         self._now = now
         self._lines = EventLines(storage)
+        self._drivers = Drivers(storage, settings, now)
         self._claims: dict[tuple[str, int], Claim] = {}
+        self._contradicted: set[tuple[str, int]] = set()
+        """Attempts that live although Ray calls them ended, once that was said."""
         self._ended_since: dict[tuple[str, int], float] = {}
         self._stopping_since: dict[str, float] = {}
 
@@ -78,7 +81,7 @@ class Supervisor:
         record = self._adopt_lines(record)
         if result is None:
             result = self._judge(record)
-        if result is not None:
+        if result is not None and self._is_over(record, result):
             self._close(record, result)
             self._forget(record)
 
@@ -117,14 +120,43 @@ class Supervisor:
             job_url = layout.join(self._storage.url, layout.job_json(record.id))
             self._launcher.submit(record.id, record.status.attempt, job_url, account=record.account)
             return None
-        # A driver that Ray does not know as a job cannot be asked after: it counts as alive.
-        if owner is None or (told is not None and told.status in ALIVE):
+        # Whom Ray does not know as a job cannot be asked after: it counts as alive.
+        ended = owner is not None and (told is None or told.status not in ALIVE)
+        if claim is not None and claim.process is not None:
+            life = self._drivers.life(_key(record), claim.process)
+            if life is Life.SILENT:
+                return self._bury(record, claim, None, f"no sign of life for {self._settings.heartbeat_stale_s:g} s")
+            if life is Life.GONE and ended:
+                return self._bury(record, claim, told, _words(told))
+            if life is Life.LIVES and ended:
+                self._contradict(record, told)
+            ended = life is Life.GONE
+        if not ended:
             self._ended_since.pop(_key(record), None)
             return self._hurry(record, owner) if stopping else None
         since = self._ended_since.setdefault(_key(record), self._now())
         if self._now() - since < ENDED_S:
             return None
-        return self._bury(record, told, owner)
+        says = _words(told) if told is None or told.status not in ALIVE else "its driver is gone"
+        return self._bury(record, claim, told, says)
+
+    def _contradict(self, record: Record, told: RayJob | None) -> None:
+        """Say once that Ray calls an attempt ended whose driver lives."""
+        if _key(record) in self._contradicted:
+            return
+        self._contradicted.add(_key(record))
+        message = f"{_words(told)}, but the driver of attempt {record.status.attempt} lives: it goes on"
+        self._records.change(record, Change(message=message), data={"ray_status": told.status if told else None})
+        logger.warning("%s: %s", record.id, message)
+
+    def _is_over(self, record: Record, result: Result) -> bool:
+        """Whether nobody is at work for the attempt any more. Of a fenced one, what is left on this node is killed."""
+        claim = self._claim(record) if result.fenced else None
+        if claim is None or claim.process is None or self._drivers.end(_key(record), claim.process):
+            return True
+        if claim.submission_id is not None:
+            self._launcher.stop(claim.submission_id)
+        return False
 
     def _claim(self, record: Record) -> Claim | None:
         key = _key(record)
@@ -147,15 +179,17 @@ class Supervisor:
         message = f"stopped without a last checkpoint: it had not ended after {waited_s:.0f} s"
         return self._fence(record, owner, "stopped", record.status.reason or "stopped_by_user", message)
 
-    def _bury(self, record: Record, told: RayJob | None, owner: str | None) -> Result:
-        """The end of an attempt whose driver is gone without a result."""
-        says = "Ray no longer knows its driver" if told is None else f"Ray says {told.status}"
-        says += f": {told.message}" if told is not None and told.message else ""
+    def _bury(self, record: Record, claim: Claim | None, told: RayJob | None, says: str) -> Result:
+        """The end of an attempt whose driver is gone, or silent, without a result; `says` is how that is known."""
+        owner = claim.submission_id if claim else record.submission_id
+        process = claim.process if claim else None
         if self._is_published(record):
             return self._fence(record, owner, "completed", None, f"published, but its driver did not say so; {says}")
         if told is not None and told.status == "STOPPED":
             reason = record.status.reason if record.status.state == "stopping" else None
             return self._fence(record, owner, "stopped", reason or "stopped_by_user", "stopped through Ray")
+        if process is not None and taken_down.was_taken_down(self._settings, process.platform):
+            return self._fence(record, owner, "lost", "preempted", "the platform was taken down")
         return self._fence(record, owner, "lost", "worker_lost", says)
 
     def _fence(self, record: Record, owner: str | None, outcome: str, reason: str | None, message: str) -> Result:
@@ -165,9 +199,9 @@ class Supervisor:
         between the two writes still asks Ray after it.
         """
         time = clock.utc_text(self._now())
-        by = Claim(submission_id=owner, host=socket.gethostname(), pid=os.getpid(), time=time)
-        attempts.claim(self._storage, *_key(record), by)
-        result = Result.model_validate({"outcome": outcome, "reason": reason, "message": message, "time": time})
+        attempts.claim(self._storage, *_key(record), Claim(submission_id=owner, time=time))
+        end = {"outcome": outcome, "reason": reason, "message": message, "time": time, "fenced": True}
+        result = Result.model_validate(end)
         return attempts.finish(self._storage, *_key(record), result)
 
     def _is_published(self, record: Record) -> bool:
@@ -192,12 +226,12 @@ class Supervisor:
     def _close_lost(self, record: Record, result: Result) -> None:
         attempt = record.status.attempt
         retries = REGISTER_RETRIES if isinstance(record.job, RegisterJob) else record.job.advanced.max_retries
-        more = attempt <= retries
+        more = attempts.losses(self._storage, record.id, up_to=attempt) <= retries
         what = f"attempt {attempt} was lost: {result.message}"
         if more:
             pause_s = attempts.retry_pause_s(attempt)
             follows = f"attempt {attempt + 1} follows" + (f" in {pause_s:.0f} s" if pause_s else "")
-            change = Change(state="queued", reason="worker_lost", message=f"{what}; {follows}")
+            change = Change(state="queued", reason=result.reason or "worker_lost", message=f"{what}; {follows}")
         else:
             change = Change(state="failed", reason="worker_lost", message=f"{what}; it was the last of {retries + 1}")
         self._records.change(record, change, data={"lost_attempt": attempt})
@@ -206,6 +240,8 @@ class Supervisor:
     def keep(self, job_ids: Collection[str]) -> None:
         """Forget all jobs but these."""
         self._lines.keep(job_ids)
+        self._drivers.keep(job_ids)
+        self._contradicted = {key for key in self._contradicted if key[0] in job_ids}
         for notes in (self._claims, self._ended_since):
             for key in list(notes):
                 if key[0] not in job_ids:
@@ -215,6 +251,8 @@ class Supervisor:
 
     def _forget(self, record: Record) -> None:
         self._lines.forget(*_key(record))
+        self._drivers.forget(_key(record))
+        self._contradicted.discard(_key(record))
         self._claims.pop(_key(record), None)
         self._ended_since.pop(_key(record), None)
         self._stopping_since.pop(record.id, None)
@@ -223,6 +261,12 @@ class Supervisor:
 def became(store: RecordStore, record: Record, state: str) -> float:
     """When the job last became `state`, seconds since the epoch. Its events say it, so a restart changes nothing."""
     return clock.seconds(store.last_entry(record.id, state) or record.updated_at)
+
+
+def _words(told: RayJob | None) -> str:
+    if told is None:
+        return "Ray no longer knows its driver"
+    return f"Ray says {told.status}" + (f": {told.message}" if told.message else "")
 
 
 def _key(record: Record) -> tuple[str, int]:

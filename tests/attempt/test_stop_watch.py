@@ -92,7 +92,7 @@ def test_the_time_of_a_job_counts_over_all_its_attempts(tmp_path: Path, storage:
     job = tiny.train_job(tiny.hyperparameters(), tiny.advanced()).model_copy(update={"max_run_time_s": 100})
     storage.put(layout.job_json(job.id), job.model_dump_json().encode())
     for attempt, took_s in ((1, 60), (2, 40)):
-        claimed = Claim(submission_id=None, host="h", pid=1, time=utc_text(NOW))
+        claimed = Claim(submission_id=None, time=utc_text(NOW))
         assert attempts.claim(storage, job.id, attempt, claimed)
         attempts.finish(storage, job.id, attempt, LOST.model_copy(update={"time": utc_text(NOW + took_s)}))
     storage.put(f"{layout.checkpoint(job.id, 1, 5)}/manifest.json", b"{}")

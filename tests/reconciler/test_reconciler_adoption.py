@@ -103,9 +103,7 @@ def test_a_broken_folder_does_not_stop_the_others_and_is_said_once(
     stage: Stage, content: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = stage.draft()
-    attempts.claim(
-        stage.storage, "job-broken", 1, attempts.Claim(submission_id=None, host="h", pid=1, time=utc_text(0))
-    )
+    attempts.claim(stage.storage, "job-broken", 1, attempts.Claim(submission_id=None, time=utc_text(0)))
     stage.storage.put(layout.job_json("job-broken"), other.model_dump_json().encode() if content is None else content)
     record = stage.order()
     with caplog.at_level(logging.ERROR):

@@ -157,7 +157,7 @@ def test_a_model_that_does_not_load_is_refused(
 def test_a_second_start_of_an_attempt_does_nothing(storage: Storage, settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"q": 1}\n')
     job_id = order(storage, settings, "dataset", tmp_path / "a.jsonl")
-    assert attempts.claim(storage, job_id, 1, Claim(submission_id=None, host="other", pid=1, time=utc_text()))
+    assert attempts.claim(storage, job_id, 1, Claim(submission_id=None, time=utc_text()))
     before = [entry.key for entry in storage.entries()]
     assert drive(layout.join(storage.url, layout.job_json(job_id)), 1, settings) == 0
     assert [entry.key for entry in storage.entries()] == before

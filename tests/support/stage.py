@@ -14,7 +14,7 @@ from tunesmith.assets.stored_files import File
 from tunesmith.clock import utc_text
 from tunesmith.errors import UnavailableError
 from tunesmith.jobs import attempts
-from tunesmith.jobs.attempts import Claim, EventLine, Result, attempt_name
+from tunesmith.jobs.attempts import Claim, DriverProcess, EventLine, Result, attempt_name
 from tunesmith.jobs.drafting import draft, new_job_id
 from tunesmith.jobs.spec import RegisterJob, TrainJob, parse_spec
 from tunesmith.records.record import Record
@@ -147,13 +147,13 @@ class FakeDriver:
     def submission_id(self) -> str:
         return attempt_name(self.job.id, self.attempt)
 
-    def claim(self, submitted_as: str | None = "") -> bool:
+    def claim(self, submitted_as: str | None = "", *, process: DriverProcess | None = None) -> bool:
         name = self.submission_id if submitted_as == "" else submitted_as
         return attempts.claim(
             self.storage,
             self.job.id,
             self.attempt,
-            Claim(submission_id=name, host="there", pid=1, time=utc_text(NOW)),
+            Claim(submission_id=name, time=utc_text(NOW), process=process),
         )
 
     def say(self, *lines: EventLine) -> None:

@@ -73,14 +73,17 @@ class StopWatch:
 
     def look(self) -> None:
         """Look at storage once."""
+        self._reason = self._seen()
+
+    def _seen(self) -> str | None:
         try:
             if self._storage.exists(layout.result(self._job_id, self._attempt)):
-                self._reason = FENCED
-            elif self.reason is None:
-                wish = attempts.read_stop(self._storage, self._job_id)
-                self._reason = wish.reason if wish is not None else None
+                return FENCED
+            if self.reason is None and (wish := attempts.read_stop(self._storage, self._job_id)) is not None:
+                return wish.reason
         except (TunesmithError, OSError) as error:
             logger.warning("%s: the stop object could not be looked for: %s", self._job_id, error)
+        return self.reason
 
     @contextmanager
     def watching(self) -> Iterator[StopWatch]:
@@ -89,7 +92,10 @@ class StopWatch:
 
         def look() -> None:
             while self._reason != FENCED and not done.wait(LOOK_S):
-                self.look()
+                seen = self._seen()
+                # A look may take minutes, and then finds the result that this attempt has written itself.
+                if not done.is_set():
+                    self._reason = seen
 
         thread = threading.Thread(target=look, name="stop", daemon=True)
         thread.start()

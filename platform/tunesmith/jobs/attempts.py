@@ -40,15 +40,41 @@ Phase = Annotated[str, AfterValidator(_one_of(PHASES))]
 Reason = Annotated[str, AfterValidator(_one_of(REASONS))]
 """One of states.REASONS, checked."""
 
+MARK = "TUNESMITH_ATTEMPT_NAME"
+"""Variable that the driver of an attempt and all that it starts carry, with the attempt's name."""
+
+
+class DriverProcess(Tolerant):
+    """The process of a driver, so that another on its node can see whether it lives."""
+
+    host: str
+    node: str
+    """As processes.node: where `pid` means this process."""
+    pid: int
+    created: float
+    """When it was created, seconds since the epoch."""
+    platform: str | None = None
+    """The mark of the local platform that it belongs to."""
+
 
 class Claim(Tolerant):
     """`claim`: who runs an attempt."""
 
     submission_id: str | None
     """Ray's id of the driver's job; None where Ray does not know the driver as a job."""
-    host: str
-    pid: int
     time: str
+    process: DriverProcess | None = None
+    """None where the attempt was claimed so that no driver can."""
+
+
+class Heartbeat(Tolerant):
+    """`heartbeat`: that the attempt's driver lives."""
+
+    count: int
+    """Grows with every beat."""
+    time: str
+    lasts_s: float
+    """A driver that cannot renew it for so long has ended itself, and all that it started."""
 
 
 class Result(Tolerant):
@@ -64,6 +90,8 @@ class Result(Tolerant):
     time: str
     summary: dict[str, Any] = Field(default={})
     """Steps done, held-out losses and the like."""
+    fenced: bool = False
+    """Not written by the attempt's driver, which may still live: see its heartbeat."""
 
 
 class StopWish(Tolerant):
@@ -161,13 +189,20 @@ def attempt_numbers(storage: Storage, job_id: str) -> list[int]:
 
 
 def used_s(storage: Storage, job_id: str, *, before: int) -> float:
-    """Seconds that the attempts before this one took in all, each from its claim to its result."""
+    """Seconds that the attempts before this one took in all, from claim to result, or to the last sign of life."""
     total = 0.0
     for number in range(1, before):
-        claimed, result = read_claim(storage, job_id, number), read_result(storage, job_id, number)
-        if claimed is not None and result is not None:
-            total += max(0.0, seconds(result.time) - seconds(claimed.time))
+        claimed = read_claim(storage, job_id, number)
+        last = read_result(storage, job_id, number) or read_heartbeat(storage, job_id, number)
+        if claimed is not None and last is not None:
+            total += max(0.0, seconds(last.time) - seconds(claimed.time))
     return total
+
+
+def losses(storage: Storage, job_id: str, *, up_to: int) -> int:
+    """How many of the attempts were lost by chance: one that was ended with its platform is no loss."""
+    results = (read_result(storage, job_id, number) for number in range(1, up_to + 1))
+    return sum(result is None or result.reason != "preempted" for result in results)
 
 
 def claim(storage: Storage, job_id: str, attempt: int, claimed_by: Claim) -> bool:
@@ -178,6 +213,15 @@ def claim(storage: Storage, job_id: str, attempt: int, claimed_by: Claim) -> boo
 def read_claim(storage: Storage, job_id: str, attempt: int) -> Claim | None:
     text = _get(storage, layout.claim(job_id, attempt))
     return None if text is None else Claim.model_validate_json(text)
+
+
+def write_heartbeat(storage: Storage, job_id: str, attempt: int, beat: Heartbeat) -> None:
+    storage.put(layout.heartbeat(job_id, attempt), beat.model_dump_json().encode())
+
+
+def read_heartbeat(storage: Storage, job_id: str, attempt: int) -> Heartbeat | None:
+    text = _get(storage, layout.heartbeat(job_id, attempt))
+    return None if text is None else Heartbeat.model_validate_json(text)
 
 
 def finish(storage: Storage, job_id: str, attempt: int, result: Result) -> Result:

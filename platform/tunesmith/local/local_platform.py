@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tunesmith import processes
+from tunesmith import processes, taken_down
 from tunesmith.clock import utc_text
 from tunesmith.errors import ConflictError, SpecError, UnavailableError
 from tunesmith.frozen import Tolerant
@@ -99,7 +99,12 @@ def down(settings: Settings) -> int:
         return 0
     with _locked(settings):
         platform = _read(settings)
-        return 0 if platform is None else _end(settings, platform)
+        if platform is None:
+            return 0
+        if processes.find(platform.pid, platform.created) is not None:
+            # Its jobs' attempts are ended on purpose, and count against no job.
+            taken_down.note(settings, platform.mark)
+        return _end(settings, platform)
 
 
 def running(settings: Settings) -> Platform | None:

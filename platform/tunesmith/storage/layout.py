@@ -85,6 +85,10 @@ def claim(job_id: str, number: int) -> str:
     return f"{attempt(job_id, number)}/claim"
 
 
+def heartbeat(job_id: str, number: int) -> str:
+    return f"{attempt(job_id, number)}/heartbeat"
+
+
 def result(job_id: str, number: int) -> str:
     return f"{attempt(job_id, number)}/result.json"
 
