@@ -11,7 +11,7 @@ import time
 import psutil
 
 from trainers.attempt.context import Attempt
-from trainers.attempt.heartbeat import Pulse
+from trainers.attempt.heartbeat import WAITING, Pulse
 from trainers.attempt.stop_watch import StopWatch, stopped
 from tunesmith import processes
 from tunesmith.assets.catalog import published
@@ -23,7 +23,7 @@ from tunesmith.jobs.spec import CustomJob, Job, RegisterJob, parse_job
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
-from tunesmith.storage.urls import open_patiently
+from tunesmith.storage.urls import open_patiently, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ def drive(job_url: str, number: int, settings: Settings) -> int:
     from trainers.attempt.logs import log_to_job
 
     with log_to_job(storage, job_id, number, "driver", settings):
-        stop = StopWatch(storage, job_id, number, deadline=_deadline(storage, job, number))
-        with Pulse(storage, job_id, number, settings=settings, stop=stop).beating() as pulse:
+        prompt = open_storage(root, settings, waiting=WAITING)
+        stop = StopWatch(prompt, job_id, number, deadline=_deadline(storage, job, number))
+        with Pulse(prompt, job_id, number, settings=settings, stop=stop).beating() as pulse:
             with EventWriter(storage, job_id, number, segment_s=settings.segment_s) as events, stop.watching():
                 result = _run(Attempt(job, number, storage, settings, events, stop), pulse)
             pulse.check()

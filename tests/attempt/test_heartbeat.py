@@ -27,14 +27,13 @@ from trainers.attempt.stop_watch import StopWatch
 from tunesmith.jobs import attempts
 from tunesmith.settings import Settings
 from tunesmith.storage.folder import FolderStorage
-from tunesmith.storage.patience import PatientStorage
 from pathlib import Path
 
 home, way = Path(sys.argv[1]), sys.argv[2]
 settings = Settings.from_env({
     "TUNESMITH_HOME": str(home), "TUNESMITH_HEARTBEAT_S": "0.2", "TUNESMITH_STORAGE_PATIENCE_S": "0.5",
 })
-storage = PatientStorage(FolderStorage(home / "storage"), patience_s=600)
+storage = FolderStorage(home / "storage")
 os.environ[attempts.MARK] = "job-1-a1"
 # One that is in no tree of this process's any more, known by its mark alone.
 subprocess.Popen(["setsid", "sh", "-c", "sleep 1000 & echo $! > %s/child; wait" % home], start_new_session=True)

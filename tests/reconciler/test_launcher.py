@@ -101,6 +101,7 @@ def test_an_attempt_is_a_ray_job_that_takes_no_cpu_and_brings_no_folder(api: Job
         **own,
         "TUNESMITH_ACCOUNT": "team",
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
+        "TUNESMITH_ATTEMPT_NAME": "job-1-a2",
     }
 
 

@@ -28,7 +28,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Heartbeat, attempt_name
 from tunesmith.settings import Settings
-from tunesmith.storage.patience import PatientStorage
+from tunesmith.storage.base import Storage
+from tunesmith.storage.s3 import Waiting
 
 RAY_GONE_S = 15.0
 """A driver whose Ray takes no connection for so many seconds ends itself."""
@@ -38,6 +39,9 @@ WATCH_S = 0.5
 
 KERNEL_S = 2.0
 """The kernel's timer ends a process so many seconds after its own thread should have done it."""
+
+WAITING = Waiting(connect_s=2, read_s=5, tries=1)
+"""How long a heartbeat waits for storage: after an outage the next one must come before the old one is stale."""
 
 _CONNECT_S = 2.0
 _RETRY_S = 2.0
@@ -51,7 +55,7 @@ class Pulse:
 
     def __init__(
         self,
-        storage: PatientStorage,
+        storage: Storage,
         job_id: str,
         attempt: int,
         *,
@@ -59,9 +63,11 @@ class Pulse:
         stop: StopWatch,
         end: Callable[[str, str], object] | None = None,
     ) -> None:
-        """`end` is called with the attempt's name and the reason; by default it ends this process."""
-        # What must not wait: a patient storage would hold the thread for as long as an outage lasts.
-        self._storage = storage.impatient
+        """`storage` is one that says soon that it does not answer.
+
+        `end` is called with the attempt's name and the reason; by default it ends this process.
+        """
+        self._storage = storage
         self._job_id, self._attempt, self._stop = job_id, attempt, stop
         self._every_s, self._lasts_s = settings.heartbeat_s, settings.heartbeat_lasts_s
         self._end = end or end_driver
