@@ -1,6 +1,6 @@
 """`make demo`: one fine-tuning job on this machine, from the order to the new model's answers beside its base's.
 
-Its platform lives in `.demo/`, on ports of its own, and goes down at the end, however that comes. Environment:
+Its platform lives in `.demo/`, on ports of its own, and goes down at the end, however the demo ends. Environment:
 
 DATA            your own file (jsonl, json, csv, parquet) in place of the demo's dataset
 PROMPT_FIELD    its column with the prompts; default: prompt
@@ -63,7 +63,7 @@ class Options:
 
 
 def main() -> int:
-    # An end asked for by kill or a closed terminal takes the platform down like Ctrl-C.
+    # kill and a closed terminal take the platform down, too, as Ctrl-C does.
     interrupt_on_leave()
     # Away from a terminal four columns of text need more than the usual 80 characters.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -115,7 +115,7 @@ def _platform(console: Console, *, keep: bool) -> Iterator[Settings]:
 
 
 def _settings() -> Settings:
-    """Those of the platform that was left up, else ones with free ports."""
+    """The settings of the demo's platform where it is still up, else settings with free ports."""
     plain = Settings.from_env({"TUNESMITH_HOME": str(HOME)})
     there = local_platform.running(plain)
     if there is not None:

@@ -1,4 +1,4 @@
-"""The wish to leave, which often comes as several signals at once: from a terminal, make, a closing shell."""
+"""Interruptions, which often come as several signals at once: from a terminal, from make, from a shell that closes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def interrupt_on_leave() -> None:
-    """Let every one of them end the program as Ctrl-C does."""
+    """Let each of these signals end the program as Ctrl-C does."""
     for number in LEAVE:
         signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """What is done on leaving is done to its end."""
+    """Ignore these signals inside the context, so that what is done on leaving is done to its end."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in LEAVE}
     try:
         yield

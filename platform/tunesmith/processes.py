@@ -1,11 +1,11 @@
-"""Process trees that can be ended whole: what was started, what that started, and what tried to get away.
+"""Process trees that can be ended as a whole: what was started, what that started, and what tried to get away.
 
 A child that called `setsid` and whose parent died is in no tree any more. So everything is started with a mark in its
 environment, which every descendant inherits.
 
-A process that must not outlive the one that started it gets a lifeline: a pipe as its stdin, whose other end that one
-holds. The system closes the pipe however its holder ends, so there is no moment at which the end goes unnoticed, as
-there is before a program has asked for PR_SET_PDEATHSIG.
+A process that must not outlive the one that started it gets a lifeline: a pipe as its stdin, whose other end its
+starter holds. The system closes the pipe however the starter ends. A program that asks for PR_SET_PDEATHSIG instead
+has a moment, before it asks, in which the end would go unnoticed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def find(pid: int, created: float) -> psutil.Process | None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it still runs; a zombie does not, however long its parent leaves it."""
+    """Whether the process still runs. A zombie does not, however long its parent leaves it."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

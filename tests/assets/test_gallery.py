@@ -78,7 +78,8 @@ def link(name: str) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize("name", ["train.py", "train_params.json", "dataset_readme.md"])
 @pytest.mark.parametrize(
-    ("spoil", "says"), [(missing, "is missing"), (empty, "is empty"), (folder_named, "is no file"), (link, "is a link")]
+    ("spoil", "says"),
+    [(missing, "is missing"), (empty, "is empty"), (folder_named, "is not a file"), (link, "is a link")],
 )
 def test_a_needed_file_that_is_missing_or_empty_or_none_is_named(
     tmp_path: Path, name: str, spoil: Callable[[str], Callable[[Path], None]], says: str

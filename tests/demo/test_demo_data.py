@@ -88,7 +88,7 @@ def test_at_most_64_rows_and_at_least_one_are_held_out(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("gone.jsonl", None, "there is no file"),
-        ("letters.docx", "x", "is no data file"),
+        ("letters.docx", "x", "is not a data file"),
         ("rows.jsonl", '{"question": "a", "answer": "b"}\n' * 3, "has no column 'prompt'; it has question, answer"),
         ("rows.jsonl", '{"prompt": "a", "response": "b"}\n', "has 1 row with both"),
         ("rows.jsonl", '{"prompt": ["a"], "response": "b"}\n', "row 1: 'prompt' must hold text, got list"),

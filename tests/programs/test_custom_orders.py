@@ -81,7 +81,7 @@ def test_a_text_model_with_a_gallery_is_trained_either_way(client: TestClient) -
 @pytest.mark.parametrize(
     ("changes", "code", "field", "says"),
     [
-        ({"method": None}, "unknown_method", "method", "which method is not said"),
+        ({"method": None}, "unknown_method", "method", "no method is given"),
         ({"method": "LoRA"}, "unknown_method", "method", "there is no method 'LoRA'"),
         ({}, "missing_hyperparameter", "hyperparameters.labels", "needs labels"),
         ({"hyperparameters": {"label": "y"}}, "unknown_hyperparameter", "hyperparameters.label", "no hyperparameter"),

@@ -1,4 +1,4 @@
-"""The HTTP API as typed calls (the routes are the front door's; the answers are those of `tunesmith.api.views`)."""
+"""The HTTP API of the front door as typed calls; their answers are those of `tunesmith.api.views`."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _BY_STATUS = {401: AuthError, 403: AuthError, 404: NotFoundError, 409: ConflictE
 
 
 class Client:
-    """A front door at `url`. Methods raise what the door refused with as the TunesmithError it was (code, message,
-    fields, hint), and UnavailableError when it does not answer.
+    """A front door at `url`. What the door refuses is raised as the same TunesmithError, with its code, message, fields
+    and hint; UnavailableError is raised where it does not answer.
 
-    Every call may be repeated without harm (what creates carries an idempotency key), so a call that met no answer, or
-    502, 503 or 504, is tried again with growing pauses until `retry_s` have passed; until `first_retry_s` have as long
-    as the door never answered. A context manager.
+    Every call may be repeated without harm, because what creates something carries an idempotency key. So a call that
+    gets no answer, or 502, 503 or 504, is tried again with growing pauses until `retry_s` seconds have passed; a door
+    that has never answered is given up after `first_retry_s`. A context manager.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Client:
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(60.0, connect=5.0),
-            # A proxy of the environment cannot reach this machine's loopback.
+            # A proxy named in the environment cannot reach this machine's loopback.
             trust_env=httpx.URL(self.url).host not in ("127.0.0.1", "localhost", "::1"),
         )
 
@@ -75,7 +75,7 @@ class Client:
         self._http.close()
 
     def health(self) -> HealthView:
-        """That the door answers, and its version; needs no token."""
+        """Whether the door answers, and its version; needs no token."""
         return self._one(HealthView, "GET", "/healthz")
 
     def flavors(self) -> Page[Flavor]:
@@ -88,7 +88,7 @@ class Client:
         return self._assets("/v1/datasets", name)
 
     def model(self, ref: str) -> AssetView:
-        """A version by NAME@VERSION, or the newest by NAME; likewise `dataset`."""
+        """A version by NAME@VERSION, or the newest one by NAME."""
         return self._one(AssetView, "GET", f"/v1/models/{_part(ref)}")
 
     def dataset_readme(self, ref: str) -> str:
@@ -134,7 +134,7 @@ class Client:
         self._call("DELETE", f"/v1/jobs/{_part(job_id)}")
 
     def events(self, job_id: str, *, after: str | None = None, limit: int | None = None) -> Page[EventView]:
-        """Some events, oldest first; likewise `logs`, `metrics`, `evaluations`: `next` leads to those that follow."""
+        """Some events, oldest first; `next` leads to the following ones, here and in the three methods below."""
         query = _query(after=after, limit=limit)
         return Page[EventView].model_validate_json(
             self._call("GET", f"/v1/jobs/{_part(job_id)}/events", params=query).content
@@ -160,7 +160,7 @@ class Client:
         return self._one(AuditReport, "GET", f"/v1/jobs/{_part(job_id)}/audit")
 
     def follow_events(self, job_id: str, *, after: str | None = None, poll_s: float = 1.0) -> Iterator[EventView]:
-        """Events as they come, until the job is final; likewise the two that follow."""
+        """Events as they come, until the job is final."""
         return self._follow(job_id, lambda place: self.events(job_id, after=place), after, poll_s)
 
     def follow_logs(
@@ -230,7 +230,7 @@ class Client:
         )
 
     def _refusal(self, response: httpx.Response) -> TunesmithError:
-        """The error that the door answered with; one of its own for what is not of the one error shape."""
+        """The error that the door answered with. An answer without the one error shape is quoted."""
         status = response.status_code
         other = SpecError if status < 500 else TunesmithError
         try:
@@ -246,7 +246,7 @@ class Client:
 
 
 def read_on(read: Callable[[str | None], Page[T]], after: str | None = None) -> tuple[list[T], str | None]:
-    """All there is just now of a record that grows, page by page, and the place to go on from."""
+    """Everything that a growing record holds now, page by page, and the place to read on from."""
     items: list[T] = []
     while True:
         page = read(after)

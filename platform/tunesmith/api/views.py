@@ -36,7 +36,7 @@ class ErrorView(Tolerant):
 
 
 class ErrorBody(Tolerant):
-    """Every answer that is no success."""
+    """Every answer that is not a success."""
 
     error: ErrorView
 

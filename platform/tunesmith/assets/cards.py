@@ -1,4 +1,4 @@
-"""A model's card: the YAML front matter of its README.md, with the lines its keys stand on."""
+"""A model's card: the YAML front matter of its README.md, with the line of each key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "README.md"
 
 @dataclass(frozen=True)
 class Card:
-    """What stands between the first two lines of `---`; empty where there is no such part."""
+    """What is between the first two lines of `---`. Without such a part, the card is empty."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
     lines: Mapping[str, int] = field(default_factory=dict)

@@ -28,15 +28,15 @@ from tunesmith.hyperparameters.field import Hyperparameter, Value
 FOLDER = "gallery_train"
 TRAIN, PARAMETERS, README, REQUIREMENTS = "train.py", "train_params.json", "dataset_readme.md", "requirements.txt"
 MAX_FILE_BYTES = 1 << 20
-"""Of each of these files: the platform reads them, and shows two of them."""
+"""Size of each of these files at most: the platform reads them all and shows two of them."""
 MAX_VALUES_BYTES = 100_000
-"""Of all hyperparameters together: `train.py` gets them in one variable, and the system allows 128 KiB."""
+"""Size of all hyperparameters together: `train.py` gets them in one variable, and the system allows 128 KiB."""
 MAX_PROBLEMS = 20
-"""Told at once."""
+"""How many problems are reported at once."""
 
 
 class Gallery(Tolerant):
-    """What a model says of its own training; it can be used where there are no problems."""
+    """What a model brings for its own training. It can be used only where it has no problems."""
 
     methods: list[Method] = Field(default=[])
     image_url: str | None = None
@@ -61,7 +61,7 @@ class Gallery(Tolerant):
         if name is None and len(names) == 1:
             return self.methods[0]
         if name not in names:
-            given = "which method is not said" if name is None else f"there is no method {name!r}"
+            given = "no method is given" if name is None else f"there is no method {name!r}"
             raise SpecError(
                 f"{given}; the model's {PARAMETERS} has {', '.join(names)}",
                 fields=["method"],
@@ -72,7 +72,7 @@ class Gallery(Tolerant):
 
 
 def read_gallery(folder: Path, card: Card) -> Gallery | None:
-    """What the model in `folder` with this card brings for its own training; None where it says nothing of it."""
+    """What the model in `folder` with this card brings for its own training; None where it brings nothing."""
     image_url, command = card.text("Train_image_url"), card.text("Train_command_path")
     place = folder / FOLDER
     if not place.is_dir() and not place.is_symlink() and image_url is None and command is None:
@@ -206,12 +206,12 @@ def _image_problem(folder: Path, url: str) -> str | None:
 
 
 def _read(path: Path, problems: list[str], *, may_be_empty: bool) -> str | None:
-    """The text of a file, or None with what is wrong with it; a file that is not there is no problem of its own."""
+    """The text of a file, or None. What is wrong is added to `problems`; a missing file adds nothing."""
     name = f"{FOLDER}/{path.name}"
     if path.is_symlink():
         problems.append(f"{name} is a link; only files and folders are taken: copy what it points to")
     elif path.exists() and not path.is_file():
-        problems.append(f"{name} is no file")
+        problems.append(f"{name} is not a file")
     elif path.exists() and path.stat().st_size > MAX_FILE_BYTES:
         problems.append(f"{name} has {path.stat().st_size} bytes; allowed are {MAX_FILE_BYTES}")
     elif path.exists():

@@ -13,7 +13,7 @@ from tunesmith.errors import SpecError
 RESOURCE = "podman"
 """Ray's resource of nodes on which podman works; a node has 1 of it."""
 SHARE = 0.001
-"""Of it, for one worker: it says where the worker may run and never holds one back."""
+"""How much of it one worker takes: so little that it says where the worker may run, and never keeps one waiting."""
 
 _ALLOWED = "HOST/NAME:TAG, HOST/NAME@sha256:DIGEST, docker-archive:PATH or oci-archive:PATH"
 
@@ -29,12 +29,12 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class ImageReference:
-    """Where an image is had from."""
+    """Where an image is taken from."""
 
     transport: Literal["docker", "docker-archive", "oci-archive"]
     """`docker`: a registry."""
     name: str
-    """In full with its host; of an archive its path, which is absolute or relative to the model's files."""
+    """Its name in full, with the host; for an archive the path, absolute or relative to the model's files."""
 
     @property
     def is_archive(self) -> bool:

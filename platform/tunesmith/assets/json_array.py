@@ -54,7 +54,7 @@ class _Text:
         """The line that `_text` begins in, and how many of its characters stand before."""
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             space = _SPACE.match(self._text, self._at)
             self._at = space.end() if space is not None else self._at

@@ -1,4 +1,4 @@
-"""A model's folder before it is taken in: what can be known of it without loading any weights."""
+"""A model's folder before it is registered: what can be known of it without loading any weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LANGUAGE_MODEL_FILES = ("config.json", "tokenizer.json")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a folder with a model says of itself."""
+    """What a folder with a model holds."""
 
     task_type: str
     card: Card
@@ -26,9 +26,9 @@ class ModelFolder:
 
 
 def read_model_folder(folder: Path, *, task_type: str | None = None) -> ModelFolder:
-    """Read the card and `gallery_train/`. `task_type` goes before the card's.
+    """Read the card and `gallery_train/`. A given `task_type` overrides the card's.
 
-    Raises SpecError without a task type, ModelError for a card that is no YAML, DataError for a link.
+    Raises SpecError without a task type, ModelError for a card that is not YAML, DataError for a link.
     """
     refuse_links(folder)
     card = read_card(folder)
@@ -45,7 +45,7 @@ def read_model_folder(folder: Path, *, task_type: str | None = None) -> ModelFol
 
 
 def refuse_links(path: Path) -> None:
-    """DataError where `path` is a link, or one lies below it, wherever it leads."""
+    """Raise DataError where `path` is a link or a link lies below it, wherever it leads."""
     links = [p for p in (path, *(path.rglob("*") if path.is_dir() else ())) if p.is_symlink()]
     if links:
         raise DataError(f"{links[0]} is a link; only files and folders are taken", hint="copy what it points to")

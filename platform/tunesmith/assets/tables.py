@@ -1,4 +1,4 @@
-"""Data files, row by row: jsonl, json (an array), csv and parquet, told by their names and held to what they say.
+"""Data files, row by row: jsonl, json (an array), csv and parquet. A file's name says its format, and it must have it.
 
 Files of any size are streamed. JSON is read by the standard library's decoder in both of its formats: what streaming
 parsers make of half a surrogate pair or a large number differs from it.
@@ -39,7 +39,7 @@ class Block:
     offset: int = 0
     size_bytes: int = 0
     parsed: Sequence[tuple[int, Row]] = ()
-    """The rows with their numbers; for all but jsonl, whose rows are parsed where they are read."""
+    """The rows with their numbers. Empty for jsonl, whose rows are parsed when they are asked for."""
 
     def rows(self) -> Iterator[tuple[int, Row]]:
         """Its rows, each with the number of its line (jsonl, csv) or row. DataError as `read_rows`."""
@@ -47,7 +47,7 @@ class Block:
 
 
 def data_format(path: Path) -> str | None:
-    """The format that a file's name promises, or None where it is no data file."""
+    """The format that a file's name says, or None where it is not a data file."""
     suffix = path.suffix[1:].lower()
     return suffix if suffix in _READERS else None
 

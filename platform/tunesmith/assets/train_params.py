@@ -37,13 +37,13 @@ class Parameter(Frozen):
     required: bool = False
     """Whether it cannot be left out."""
     default: int | float | str | bool | None = None
-    """Filled in where none is given; none: one that is not required stays away."""
+    """Used where none is given. Without a default, a hyperparameter that is not required is left out."""
     help: str = ""
 
     @field_validator("default", mode="before")
     @classmethod
     def _fits_its_type(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = info.data.get("type")  # not there where it is wrong itself
+        kind = info.data.get("type")  # missing where it is wrong itself
         if kind is None:
             return None
         if value is not None and not _fits(value, kind):
@@ -122,7 +122,7 @@ _ALLOWED = {
 
 
 def _fits(value: Any, kind: str) -> bool:
-    """Whether a default is of its type: a bool is no int, an int is a float too, NaN is no number."""
+    """Whether a default is of its type: a bool is not an int, an int is a float too, NaN is not a number."""
     if kind == "float" and type(value) is int:
         value = float(value) if abs(value) < 1 << 1000 else math.inf
     return type(value) is TYPES[kind] and not (isinstance(value, float) and not math.isfinite(value))

@@ -48,6 +48,6 @@ def training_types(task_type: str | None, gallery: Gallery | None, *, language_m
     if problems:
         what = f"a model of task type {task_type!r} is trained by its {FOLDER}/"
         if task_type in TEXT_TYPES:
-            what = "its files are no causal language model that loads, and for training of its own"
+            what = "its files are not a causal language model that loads, and for training of its own"
         return TrainingTypes(default=None, reason=f"{what}: {why_not_custom}")
     return TrainingTypes(default=CUSTOM, others=text)

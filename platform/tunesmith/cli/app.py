@@ -1,4 +1,4 @@
-"""All commands together. What is heavy to import is imported inside the commands, so that `--help` is there at once."""
+"""All commands together. What takes long to import is imported inside the commands, so that `--help` is fast."""
 
 from __future__ import annotations
 

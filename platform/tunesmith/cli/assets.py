@@ -93,10 +93,10 @@ def hyperparameters(
     name: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
     *,
     model: Annotated[str | None, typer.Option(help="Defaults and bounds for this model.")] = None,
-    chinese: Annotated[bool, typer.Option("--zh", help="Say in Chinese what each is.")] = False,
+    chinese: Annotated[bool, typer.Option("--zh", help="Describe each in Chinese.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a job can be told by `--set` and `--advanced`: types, defaults, bounds."""
+    """The hyperparameters that `--set` and `--advanced` take: types, defaults, bounds."""
     from tunesmith.hyperparameters.definitions import SECTIONS, for_model
 
     details: Mapping[str, Any] = {}
@@ -127,7 +127,7 @@ def hyperparameters(
 
 
 def _finish(client: Client, job: JobView, *, wait: bool, as_json: bool) -> None:
-    """See a registration to its end, unless nobody waits, and answer with it."""
+    """Follow a registration to its end, unless `wait` is false, and print it."""
     if wait:
         raise typer.Exit(follow_to_end(client, job.id, as_json=as_json))
     answer(job, as_json, lambda: job.id)

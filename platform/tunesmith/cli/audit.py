@@ -147,7 +147,7 @@ def _histogram(report: AuditReport) -> Table:
 
 
 def _row(row: AuditedRow) -> Text:
-    """A row as it is trained; brackets say it where there is no colour."""
+    """A row with its trained parts in colour and in brackets."""
     from rich.text import Text
 
     shown = Text()

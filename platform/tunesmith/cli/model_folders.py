@@ -1,4 +1,4 @@
-"""`models check` and `models init`: a model's folder looked at, or begun, before anything is uploaded."""
+"""`models check` and `models init`: a model's folder is checked, or begun, before anything is uploaded."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def check_model(
     task_type: Annotated[str | None, typer.Option(help="Default: the card's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a registration will say of a folder, as far as it is seen without loading weights. Exit code 2 where
-    the model could not be trained."""
+    """Check a model's folder as a registration will, except for what needs its weights. Exit code 2 where the model
+    could not be trained."""
     from tunesmith.assets.model_folder import read_model_folder
     from tunesmith.assets.training_types import TEXT_TYPES, training_types
 
     if not folder.is_dir():
-        raise SpecError(f"{folder} is no folder", hint="give the folder with the model's README.md")
+        raise SpecError(f"{folder} is not a folder", hint="give the folder with the model's README.md")
     found = read_model_folder(folder, task_type=task_type)
     types = training_types(found.task_type, found.gallery, language_model=found.may_be_language_model)
     if as_json:
@@ -45,9 +45,9 @@ def check_model(
 
 
 def init_model(folder: Folder) -> None:
-    """Write a model that brings its own training, to begin with: a card, and a `gallery_train/` that works."""
+    """Write a model that brings its own training, as a start: a card, and a `gallery_train/` that works."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SpecError(f"{folder} is there already, and not an empty folder", hint="give a new folder")
+        raise SpecError(f"{folder} exists already and is not an empty folder", hint="give a new folder")
     with as_file(files("tunesmith").joinpath("assets", "skeletons", "custom_model")) as template:
         shutil.copytree(template, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     written = "\n".join(f"  {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file())

@@ -26,7 +26,7 @@ _STYLES = {"completed": "bold green", "failed": "bold red", "stopped": "bold yel
 
 @dataclass
 class Course:
-    """How far a training run is, as its events and metrics tell."""
+    """How far a training run has come, by its events and metrics."""
 
     cards: int = 1
     total_steps: int | None = None
@@ -35,7 +35,7 @@ class Course:
     eval_loss: float | None = None
     tokens_per_s: float | None = None
     _since: tuple[int, float] | None = None
-    """Step and time from which the pace is reckoned: the first report after a start."""
+    """Step and time from which the pace is counted: the first report after a start."""
     _latest: MetricLine | None = None
 
     def adopt(self, event: EventView) -> None:

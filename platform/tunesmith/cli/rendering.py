@@ -1,4 +1,4 @@
-"""Tables for people, out of what the API answers."""
+"""Tables for people, made from the API's answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STYLES = {"completed": "green", "failed": "red", "stopped": "yellow", "stopping"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Rows of plain text: whatever is in them is shown as it is."""
+    """A table of plain text, shown exactly as it is."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         made.add_column(column, no_wrap=number == 0, overflow="fold")

@@ -17,7 +17,7 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 
 
 def read_order(file: str) -> dict[str, Any]:
-    """The document in `file` (`-`: stdin); SpecError for what is no mapping in YAML or JSON."""
+    """The document in `file` (`-`: stdin). SpecError where it is not a mapping in YAML or JSON."""
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -58,7 +58,7 @@ def submit(
 
 @takes_order
 def render(order: OrderOptions, *, as_json: AsJson = False) -> None:
-    """Write a job.json to the storage, and say how Ray alone runs it: no front door is asked."""
+    """Write a job.json to the storage and print the command that runs it on Ray, without the front door."""
     from tunesmith.clock import utc_text
     from tunesmith.errors import ConflictError
     from tunesmith.jobs.drafting import draft, new_job_id
@@ -90,7 +90,7 @@ def submit_command(url: str, settings: Settings) -> str:
     home = {"TUNESMITH_HOME": str(settings.home)}
     defaults = Settings.from_env(home).to_env()
     changed = {variable: text for variable, text in settings.to_env().items() if text != defaults.get(variable)}
-    # A stop by Ray waits that long for the job's checkpoint.
+    # When Ray stops the job, it waits that long for the checkpoint.
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": "30", **home, **changed}
     access = token_environment(settings) if settings.ray_token_path.exists() else {}
     words = [*(f"{variable}={value}" for variable, value in access.items()), "ray", "job", "submit"]

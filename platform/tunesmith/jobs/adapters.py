@@ -1,4 +1,4 @@
-"""An earlier result that a job goes on from: which adapter it is, and whether it fits (`finetuned_model`)."""
+"""An earlier result that a job continues (`finetuned_model`): which adapter it is, and whether it fits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Adapter:
         return tuple(replace(h, default=own.get(h.name, h.default)) for h in known)
 
     def check(self, hyperparameters: LoraHyperparameters) -> None:
-        """Raises SpecError where a job asks for another rank or scale: the adapter cannot take it on."""
+        """Raise SpecError where a job asks for another rank or scale, which the adapter cannot have."""
         for name, own, given in (
             ("lora_rank", self.rank, hyperparameters.lora_rank),
             ("lora_alpha", self.alpha, hyperparameters.lora_alpha),
@@ -68,7 +68,7 @@ def find_adapter(storage: Storage, given: str, model: Manifest) -> Adapter:
     manifest = get_manifest(storage, "model", _ref(storage, given), field=FIELD)
     if not manifest.details.get("adapter"):
         raise SpecError(
-            f"{manifest.ref} holds no adapter to go on from",
+            f"{manifest.ref} holds no adapter to continue from",
             fields=[FIELD],
             hint=f"to tune it as it is, give it as the model: model={manifest.ref}",
             code="adapter_does_not_fit",

@@ -116,7 +116,7 @@ class EventLine(Tolerant):
 class MetricLine(Tolerant):
     """One line of an attempt's metrics (docs/contracts.md, section 7)."""
 
-    # JSON has no NaN: a loss that is none is written as the text "NaN", and read as a number again.
+    # JSON has no NaN: a loss that is not a number is written as the text "NaN", and read as a number again.
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
     time: str

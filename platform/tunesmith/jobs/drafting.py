@@ -172,12 +172,12 @@ def _settle_custom(spec: TrainSpec, model: Manifest, capacity: Callable[[], Mapp
 
 
 def _check_bits(bits: int | None, strategy: str, flavor: Flavor) -> None:
-    """bitsandbytes, which quantizes, knows no NPU; DeepSpeed would share the packed weights as if they were numbers."""
+    """bitsandbytes, which quantizes, knows no NPU; DeepSpeed would divide packed weights as if they were numbers."""
     if bits is None:
         return
     if strategy in ("zero3", "zero3_offload"):
         raise SpecError(
-            f"bits={bits} cannot be had with strategy {strategy!r}, which lays the base's weights out in pieces",
+            f"bits={bits} cannot be combined with strategy {strategy!r}, which divides the base among workers",
             fields=["hyperparameters.bits", "advanced.strategy"],
             hint="leave bits out, or choose the strategy auto, ddp, zero1 or zero2",
         )
@@ -213,7 +213,7 @@ def _check_files(dataset: Manifest, hyperparameters: LoraHyperparameters) -> Non
 
 
 def training_files(paths: Iterable[str], hyperparameters: LoraHyperparameters) -> list[str]:
-    """Those of a dataset's data files that are trained on: the named one, or all but the test file."""
+    """The data files of a dataset that are trained on: the named one, or all but the test file."""
     named = hyperparameters.train_data_file
     return [named] if named is not None else [p for p in paths if p != hyperparameters.test_data_file]
 

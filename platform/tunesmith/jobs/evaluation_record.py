@@ -18,7 +18,7 @@ class Answer(Tolerant):
 class Evaluation(Tolerant):
     """The model after `step` optimizer steps; after 0 it is the one that the job began with."""
 
-    # JSON has no NaN: a loss that is none is written as the text "NaN", and read as a number again.
+    # JSON has no NaN: a loss that is not a number is written as the text "NaN", and read as a number again.
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
     step: int

@@ -1,7 +1,7 @@
 """The local platform: `up` starts Ray and the front door on this machine, `down` ends exactly what `up` started.
 
-Everything listens on loopback (but one port of each Serve replica, whose address Serve does not let one choose) and
-asks for a token. `home/platform.json` says what runs; logs are `home/ray.log` and `home/door.log`. Several platforms
+Everything asks for a token and listens on loopback, except one port of each Serve replica, whose address cannot be
+chosen. `home/platform.json` says what runs; logs are `home/ray.log` and `home/door.log`. Several platforms
 live side by side when their homes and ports differ.
 """
 
@@ -37,7 +37,7 @@ class Platform(Tolerant):
     pid: int
     """The process `ray start`, from which all others come."""
     created: float
-    """When that process was created, seconds since the epoch: tells it from a later one with its pid."""
+    """When that process was created, in seconds since the epoch: a later one may have the same pid."""
     mark: str
     ray_address: str
     temp_dir: str
@@ -51,8 +51,9 @@ class Started:
 
     platform: Platform
     ray: bool
-    """Whether this call started it; likewise the next."""
+    """Whether this call started Ray."""
     door: bool
+    """Whether this call started the front door."""
 
 
 def up(
@@ -63,7 +64,7 @@ def up(
     door: bool = True,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Started:
-    """Start Ray and the front door, or what of the two is missing; returns when both answer.
+    """Start Ray and the front door, or whichever of them is missing; return when both answer.
 
     `object_store_memory` in bytes; None leaves it and `num_cpus` to Ray. `door=False` starts Ray alone. Raises
     UnavailableError with the last lines of the log when one does not come up (then what this call started is ended
@@ -90,10 +91,10 @@ def up(
 
 
 def down(settings: Settings) -> int:
-    """Kill everything that `up` started; how many processes that were. 0: nothing ran.
+    """Kill everything that `up` started, and return how many processes that were: 0 where nothing ran.
 
-    Nothing of it needs a farewell: records and storage bear the end of their writers at any line, and jobs that ran go
-    on from their last checkpoint at the next `up`.
+    Nothing needs to be shut down in order: records and storage stay whole wherever their writers end, and jobs that
+    ran go on from their last checkpoint after the next `up`.
     """
     if not settings.home.exists():
         return 0
@@ -277,14 +278,14 @@ def _make_temp_dir(settings: Settings) -> Path:
 
 
 def _check_ports(settings: Settings, *, door: bool) -> None:
-    """SpecError unless all ports of the settings can be had."""
+    """SpecError unless all ports of the settings are free."""
     wanted = [("127.0.0.1", "ray_port"), ("127.0.0.1", "ray_dashboard_port")]
     for host, name in wanted + [(settings.host, "port")] * door:
         port = getattr(settings, name)
         why = ports.obstacle(host, port)
         if why is not None:
             raise SpecError(
-                f"port {port} of {host} cannot be had: {why}",
+                f"port {port} of {host} cannot be used: {why}",
                 fields=[name],
                 hint=f"end what uses it, or set TUNESMITH_{name.upper()} to another port",
                 code="port_in_use",
@@ -302,7 +303,7 @@ def _check_settings(settings: Settings, platform: Platform) -> None:
 
 
 def _end_leftovers(settings: Settings) -> None:
-    """What a platform left whose Ray was killed."""
+    """End what is left of a platform whose Ray was killed."""
     platform = _read(settings)
     if platform is not None:
         _end(settings, platform)

@@ -1,4 +1,4 @@
-"""Ports of this machine: whether one can be had, and which are free."""
+"""Ports of this machine: what is in the way of using one, and which are free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psutil
 
 
 def obstacle(host: str, port: int) -> str | None:
-    """Why nobody could listen on that port now, with the program that does as far as this user may know; or None."""
+    """Why the port cannot be used now, with the program that uses it where that is known; None if it is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -20,7 +20,7 @@ def obstacle(host: str, port: int) -> str | None:
 
 
 def free(count: int) -> list[int]:
-    """Ports of loopback that nobody uses just now, all different."""
+    """Ports of loopback that are free now, all different."""
     with ExitStack() as held:
         probes = [held.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
