@@ -46,7 +46,6 @@ def _draft(door: Door, spec: TrainSpec | RegisterSpec) -> Job:
     return draft(
         spec,
         storage=door.storage,
-        settings=door.settings,
         account=door.settings.account,
         job_id=new_job_id(),
         created_at=utc_text(),

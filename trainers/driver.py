@@ -52,7 +52,7 @@ def drive(job_url: str, number: int, settings: Settings) -> int:
     # Imported only by the owner of an attempt: a second start ends at once.
     from trainers.attempt.logs import log_to_job
 
-    with log_to_job(storage, job_id, number, "driver", settings):
+    with log_to_job(storage, job_id, number, rank="driver", settings=settings):
         prompt = open_storage(root, settings, waiting=WAITING)
         stop = StopWatch(prompt, job_id, number, deadline=_deadline(storage, job, number))
         with Pulse(prompt, job_id, number, settings=settings, stop=stop).beating() as pulse:

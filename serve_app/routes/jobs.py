@@ -70,6 +70,7 @@ def plan_job(door: DoorDep, spec: TrainBody) -> AnyTrainJob:
 @router.get("/jobs", responses=documented(404, 422))
 def list_jobs(
     door: DoorDep,
+    *,
     kind: Literal["train", "register"] | None = None,
     state: Annotated[list[State] | None, Query(description="may be given several times")] = None,
     limit: Limit = 50,

@@ -48,8 +48,7 @@ def order(storage: FolderStorage, finetuned_model: Any, *, model: str = "tiny@1"
         flavor="cpu-small",
         hyperparameters={"finetuned_model": finetuned_model, **given},
     )
-    settings = stage.make_settings(storage.root.parent)
-    made = draft(spec, storage=storage, settings=settings, account="a", job_id="job-1", created_at="t")
+    made = draft(spec, storage=storage, account="a", job_id="job-1", created_at="t")
     assert isinstance(made, TextJob)
     return made
 

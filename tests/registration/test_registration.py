@@ -46,7 +46,7 @@ def order(storage: Storage, settings: Settings, asset: str, source: Path | str, 
     """Render a registration's job.json; its id."""
     spec = parse_spec({"kind": "register", "asset": asset, "name": "tiny", "source": str(source), **given})
     job_id = new_job_id()
-    job = draft(spec, storage=storage, settings=settings, account="operator", job_id=job_id, created_at=utc_text())
+    job = draft(spec, storage=storage, account="operator", job_id=job_id, created_at=utc_text())
     storage.put(layout.job_json(job_id), job.model_dump_json().encode())
     return job_id
 

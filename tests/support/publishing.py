@@ -36,9 +36,7 @@ def publish_in(
 ) -> str:
     """The same in a storage that no platform is on."""
     spec = RegisterSpec(asset=asset, name=name, source=str(source))
-    job = draft(
-        spec, storage=storage, settings=settings, account="operator", job_id=new_job_id(), created_at=utc_text()
-    )
+    job = draft(spec, storage=storage, account="operator", job_id=new_job_id(), created_at=utc_text())
     assert isinstance(job, RegisterJob)
     # Its events go elsewhere: the reconciler looks at every job that its storage has a folder of.
     with tempfile.TemporaryDirectory() as scratch, EventWriter(FolderStorage(Path(scratch)), job.id, 1) as events:

@@ -204,7 +204,6 @@ class Stage:
         return draft(
             spec,
             storage=self.storage,
-            settings=self.settings,
             account="operator",
             job_id=new_job_id(),
             created_at=utc_text(self.clock()),

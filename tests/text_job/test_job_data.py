@@ -67,7 +67,7 @@ def attempt_on(
     spec = TrainSpec(
         model="tiny", dataset="tiny", flavor="cpu-small", output_model="tuned", hyperparameters=hyperparameters
     )
-    job = draft(spec, storage=storage, settings=settings, account="operator", job_id="job-1", created_at=utc_text())
+    job = draft(spec, storage=storage, account="operator", job_id="job-1", created_at=utc_text())
     assert isinstance(job, TextJob)
     stop = StopWatch(storage, job.id, 1, deadline=deadline)
     return Attempt(job, 1, storage, settings, EventWriter(storage, job.id, 1), stop), job

@@ -212,7 +212,6 @@ def test_an_attempt_whose_patience_is_at_its_end_is_lost_and_another_follows(run
     job = draft(
         jobs.spec(hyperparameters={"max_steps": 100, "save_steps": 10}, advanced={"num_train_epochs": 100}),
         storage=running.storage,
-        settings=running.settings,
         account="operator",
         job_id=new_job_id(),
         created_at=utc_text(),

@@ -41,7 +41,10 @@ watchdog.FAREWELL_S = 1.0
 kind = Away if sys.argv[3] == "away" else FolderStorage
 storage = PatientStorage(kind(Path(sys.argv[1])), patience_s=600)
 settings = Settings.from_env({"TUNESMITH_HOME": sys.argv[1], "TUNESMITH_SEGMENT_S": "600"})
-with log_to_job(storage, "job-1", 1, "0", settings), Watchdog(0.1, lambda where: end_hung(where, 0.1, tell)):
+with (
+    log_to_job(storage, "job-1", 1, rank="0", settings=settings),
+    Watchdog(0.1, lambda where: end_hung(where, 0.1, tell)),
+):
     threading.Event().wait()
 """
 

@@ -37,7 +37,7 @@ class SegmentHandler(logging.Handler):
 
 
 @contextmanager
-def log_to_job(storage: Storage, job_id: str, attempt: int, rank: str, settings: Settings) -> Iterator[None]:
+def log_to_job(storage: Storage, job_id: str, attempt: int, *, rank: str, settings: Settings) -> Iterator[None]:
     """Send everything logged in this process to `logs/RANK` of the attempt, while the context lasts.
 
     `rank` is a worker's number or `driver`. A driver logs to stderr as well, which is Ray's own log of the job; of a

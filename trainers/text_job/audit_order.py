@@ -30,7 +30,6 @@ def audit_order(spec: TrainSpec | RegisterSpec, settings: Settings, *, limit: in
     job = draft(
         spec,
         storage=storage,
-        settings=settings,
         account=settings.account,
         job_id=new_job_id(),
         created_at=utc_text(),

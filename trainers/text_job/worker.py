@@ -54,7 +54,7 @@ def run_worker(task: WorkerTask) -> None:
     worker = Worker(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     # It would log every report whole; its logger is named after the file.
     logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
-    with log_to_job(storage, task.job.id, task.attempt, str(worker.rank), settings):
+    with log_to_job(storage, task.job.id, task.attempt, rank=str(worker.rank), settings=settings):
         _run(task, worker, storage, settings)
 
 

@@ -68,9 +68,7 @@ def render(order: OrderOptions, *, as_json: AsJson = False) -> None:
     settings = read_settings()
     storage = open_storage(settings.storage_url, settings)
     job_id = new_job_id()
-    job = draft(
-        order.spec(), storage=storage, settings=settings, account=settings.account, job_id=job_id, created_at=utc_text()
-    )
+    job = draft(order.spec(), storage=storage, account=settings.account, job_id=job_id, created_at=utc_text())
     key = layout.job_json(job_id)
     if not storage.put_if_absent(key, job.model_dump_json(indent=2).encode()):
         raise ConflictError(f"{key} is there already", hint="render again: it gets another id")

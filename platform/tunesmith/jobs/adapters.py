@@ -64,7 +64,8 @@ def find_adapter(storage: Storage, given: str, model: Manifest) -> Adapter:
     """
     checkpoint = _checkpoint(storage, given)
     if checkpoint is not None:
-        return _of_checkpoint(storage, *checkpoint, model)
+        job_id, attempt, step = checkpoint
+        return _of_checkpoint(storage, job_id, attempt=attempt, step=step, model=model)
     manifest = get_manifest(storage, "model", _ref(storage, given), field=FIELD)
     if not manifest.details.get("adapter"):
         raise SpecError(
@@ -103,7 +104,7 @@ def _checkpoint(storage: Storage, given: str) -> tuple[str, int | None, int | No
     return (given, None, None) if is_job else None
 
 
-def _of_checkpoint(storage: Storage, job_id: str, attempt: int | None, step: int | None, model: Manifest) -> Adapter:
+def _of_checkpoint(storage: Storage, job_id: str, *, attempt: int | None, step: int | None, model: Manifest) -> Adapter:
     whole = [
         checkpoint
         for checkpoint in attempts.checkpoints(storage, job_id)
@@ -113,7 +114,7 @@ def _of_checkpoint(storage: Storage, job_id: str, attempt: int | None, step: int
         what = "no checkpoint" if attempt is None else f"no whole checkpoint of step {step} from attempt {attempt}"
         there = ", ".join(checkpoint.key for checkpoint in attempts.checkpoints(storage, job_id))
         raise SpecError(
-            f"job {job_id} has {what} to go on from",
+            f"job {job_id} has {what} to continue from",
             fields=[FIELD],
             hint=f"it has {there}" if there else "leave finetuned_model out",
             code="unknown_checkpoint",

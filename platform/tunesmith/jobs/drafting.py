@@ -22,7 +22,6 @@ from tunesmith.hyperparameters.field import Value
 from tunesmith.jobs.adapters import find_adapter
 from tunesmith.jobs.flavors import Flavor, get_flavor, load_flavors
 from tunesmith.jobs.spec import CustomJob, Job, RegisterJob, RegisterSpec, TextJob, TrainSpec
-from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 from tunesmith.text.columns import find_format
@@ -37,7 +36,6 @@ def draft(
     spec: TrainSpec | RegisterSpec,
     *,
     storage: Storage,
-    settings: Settings,
     account: str,
     job_id: str,
     created_at: str,
@@ -59,7 +57,9 @@ def draft(
     if training_type == CUSTOM:
         settled = _settle_custom(spec, model, capacity)
     else:
-        settled = _settle_text(spec, model, dataset, training_type, flavor, storage)
+        settled = _settle_text(
+            spec, model=model, dataset=dataset, training_type=training_type, flavor=flavor, storage=storage
+        )
     version = newest_version(storage, "model", spec.output_model) + 1
     return (CustomJob if training_type == CUSTOM else TextJob)(
         id=job_id,
@@ -132,7 +132,7 @@ class _Settled:
 
 
 def _settle_text(
-    spec: TrainSpec, model: Manifest, dataset: Manifest, training_type: str, flavor: Flavor, storage: Storage
+    spec: TrainSpec, *, model: Manifest, dataset: Manifest, training_type: str, flavor: Flavor, storage: Storage
 ) -> _Settled:
     method = spec.method or LoraHyperparameters.method
     if method != LoraHyperparameters.method:

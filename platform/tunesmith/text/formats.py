@@ -166,7 +166,7 @@ def _sharegpt(cells: _Cells, h: EncodingHyperparameters) -> list[Turn]:
 def _conversation(cells: _Cells, column: str, role_key: str, text_key: str) -> list[Turn]:
     allowed = f"a list of objects with {role_key!r} and {text_key!r}"
     said = [
-        _turn(cells, column, number, item, (role_key, text_key))
+        _turn(cells, column, item, number=number, keys=(role_key, text_key))
         for number, item in enumerate(cells.items(column, allowed), start=1)
     ]
     if not said:
@@ -192,7 +192,7 @@ def _conversation(cells: _Cells, column: str, role_key: str, text_key: str) -> l
     return [*outside, *said]
 
 
-def _turn(cells: _Cells, column: str, number: int, item: Any, keys: tuple[str, str]) -> Turn:
+def _turn(cells: _Cells, column: str, item: Any, *, number: int, keys: tuple[str, str]) -> Turn:
     what = f"turn {number} of column {column!r}"
     role_key, text_key = keys
     if not isinstance(item, dict) or role_key not in item:

@@ -8,6 +8,12 @@ down_revision = None
 
 
 def upgrade() -> None:
+    _create_jobs()
+    _create_events()
+    _create_keys_and_leases()
+
+
+def _create_jobs() -> None:
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(64), primary_key=True),
@@ -35,6 +41,9 @@ def upgrade() -> None:
     )
     op.create_index("jobs_by_creation", "jobs", ["created_at", "id"])
     op.create_index("jobs_by_state", "jobs", ["state"])
+
+
+def _create_events() -> None:
     op.create_table(
         "events",
         # AUTOINCREMENT: a number that was given is never given again.
@@ -53,6 +62,9 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("events_by_job", "events", ["job_id", "seq"])
+
+
+def _create_keys_and_leases() -> None:
     op.create_table(
         "idempotency",
         sa.Column("account", sa.String(64), primary_key=True),
