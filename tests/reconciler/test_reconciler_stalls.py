@@ -1,17 +1,14 @@
 """A real S3 server that stalls holds up the one job whose keys it hangs on, and no other."""
 
-import http.client
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from benchmarks.s3_server import BUCKET
 from serve_app.reconciler.reconciler import Reconciler
-from tests.support.s3_fixture import S3Server
+from tests.support.s3_fixture import S3Server, fill
 from tests.support.stage import Stage, publish_inputs
 from tests.support.stalling_proxy import StallingProxy, stalling_proxy
 from tests.support.waiting import until
@@ -29,21 +26,6 @@ OBJECTS = 20_000
 def proxy(s3_server: S3Server) -> Iterator[StallingProxy]:
     with stalling_proxy(s3_server.endpoint) as proxy:
         yield proxy
-
-
-def fill(filer: int, folder: str) -> None:
-    """Objects in a folder of the bucket, put there past S3: it is the faster way."""
-
-    def put(first: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", filer)
-        for number in range(first, OBJECTS, 8):
-            connection.request("PUT", f"/buckets/{BUCKET}/{folder}/{number:08d}", body=b"{}")
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status < 300
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(put, range(8)))
 
 
 @contextmanager
@@ -79,7 +61,7 @@ def test_a_job_starts_while_anothers_storage_hangs_and_a_third_is_deleted(
     deleted, driver = stage.running()
     driver.finish("stopped")
     stage.rounds()
-    fill(s3_server.filer_port, f"stalls/{layout.metrics(deleted.id, 1)}")
+    fill(s3_server.filer_port, OBJECTS, f"stalls/{layout.metrics(deleted.id, 1)}")
     proxy.lines.clear()
 
     def is_deletion(line: str) -> bool:
