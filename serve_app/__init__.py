@@ -1,1 +1,1 @@
-"""The front door: Ray Serve and FastAPI. Holds no job state."""
+"""The front door, on Ray Serve and FastAPI. It holds no job state."""

@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 
 from serve_app.door import Door
 from serve_app.error_responses import add_error_handlers
-from serve_app.middleware import Border
+from serve_app.middleware import DoorMiddleware
 from serve_app.routes import assets, jobs
 from tunesmith import __version__
 from tunesmith.api.views import HealthView
@@ -18,23 +18,24 @@ from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
 from tunesmith.storage.urls import open_promptly
 
-_ABOUT = "Pick a model, pick data, get a new model. Every answer that is no success has the one shape `ErrorBody`."
+_ABOUT = "Pick a model, pick data, get a new model. Every answer that is not a success has the shape `ErrorBody`."
 
 health = APIRouter(tags=["health"])
 
 
 @health.get("/healthz")
 def get_health() -> HealthView:
-    """Whether the door answers; needs no token."""
+    """Say that the door answers. This needs no token."""
     return HealthView(version=__version__)
 
 
 def make_app(
     settings: Settings, *, proxied: bool = False, capacity: Callable[[], Mapping[str, float]] | None = None
 ) -> FastAPI:
-    """The door over the record store and storage of `settings`; `proxied`: behind Serve's proxy.
+    """Make the door over the record store and the storage that `settings` name.
 
-    `capacity`: what the cluster has, asked where an order depends on it.
+    `proxied`: the door is behind Serve's proxy. `capacity` gives the cluster's resources; it is called where an order
+    depends on them.
     """
     app = FastAPI(
         title="Tunesmith",
@@ -49,13 +50,13 @@ def make_app(
         storage=open_promptly(settings.storage_url, settings),
         capacity=capacity,
     )
-    # Border checks the token, before any body is read; this writes it into the OpenAPI document.
+    # The middleware checks the token, before any body is read; this puts it into the OpenAPI document.
     bearer = Security(HTTPBearer(auto_error=False, description="the door's token"))
     app.include_router(health)
     for router in (jobs.router, assets.router):
         app.include_router(router, dependencies=[bearer])
     add_error_handlers(app)
-    app.add_middleware(Border, token_path=settings.api_token_path, proxied=proxied)
+    app.add_middleware(DoorMiddleware, token_path=settings.api_token_path, proxied=proxied)
     return app
 
 

@@ -23,11 +23,11 @@ from tunesmith.storage.urls import open_promptly
 DOOR = "door"
 RECONCILER = "reconciler"
 JOIN_S = 4.0
-"""How long the end of a round, and then of what is under way, is waited for when a reconciler is ended, seconds."""
+"""How long an ending reconciler waits for its round, and then for what its threads are doing, seconds."""
 
 logger = logging.getLogger(__name__)
 
-# Serve looks after its replicas this often: a killed one is back within seconds.
+# Serve checks its replicas this often, so a killed one is back within seconds.
 _CARE = {
     "num_replicas": 1,
     "health_check_period_s": 1,
@@ -52,7 +52,7 @@ class DoorReplica:
 
 @serve.deployment(name=RECONCILER, **_CARE)
 class ReconcilerReplica:
-    """A thread that runs the reconciler's rounds; Serve starts another replica when it dies."""
+    """A thread that runs the reconciler's rounds; Serve starts another replica when the thread ends."""
 
     def __init__(self, settings: Settings) -> None:
         log_to_stderr()
@@ -104,7 +104,7 @@ def _bind(deployment: Any, settings: Settings) -> Any:
 
 
 def log_to_stderr() -> None:
-    """Set up the logs of a process of ours; libraries only warn."""
+    """Set up logging in one of the platform's processes; libraries log warnings alone."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("serve_app", "tunesmith"):
         logging.getLogger(name).setLevel(logging.INFO)

@@ -15,13 +15,13 @@ from tunesmith.storage.base import Storage
 
 @dataclass(frozen=True)
 class Door:
-    """No state of its own: any number of doors may stand side by side."""
+    """What the routes work with. A door has no state of its own, so any number may run side by side."""
 
     settings: Settings
     store: RecordStore
     storage: Storage
     capacity: Callable[[], Mapping[str, float]] | None
-    """All resources of the cluster; None where there is none to ask."""
+    """Gives all resources of the cluster; None where there is no cluster to ask."""
 
 
 def _door(request: Request) -> Door:

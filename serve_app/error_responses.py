@@ -1,4 +1,4 @@
-"""The one error shape: every way a request can go wrong, made into it."""
+"""The one shape of errors, and how whatever goes wrong with a request is brought into it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEANINGS = {
     413: "the body is too large",
     422: "something that is not allowed was asked for",
     500: "a fault of the platform; its log has the request id",
-    503: "something the platform needs does not answer just now; try again",
+    503: "something the platform needs does not answer at the moment; try again",
 }
 
 
@@ -38,7 +38,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 class BadRequestError(TunesmithError):
-    """The request is no HTTP request that any route could take."""
+    """No route can take the request."""
 
     code = "bad_request"
     status = 400
@@ -51,7 +51,7 @@ def error_response(error: TunesmithError, request_id: str, headers: Mapping[str,
         headers["WWW-Authenticate"] = "Bearer"
     if error.status == 503:
         headers["Retry-After"] = "1"
-    # ASCII only: what was given is quoted, and may hold text that has no UTF-8.
+    # ASCII only: the message quotes what was given, which may hold text that has no UTF-8 form.
     content = json.dumps({"error": {**error.as_dict(), "request_id": request_id}})
     return Response(content, status_code=error.status, headers=headers, media_type="application/json")
 
@@ -107,5 +107,5 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_database_error(request: Request, error: Exception) -> Response:
     logger.error("request %s: the record store failed", request.state.request_id, exc_info=error)
-    refused = UnavailableError("the record store does not answer just now", hint="try again")
+    refused = UnavailableError("the record store does not answer at the moment", hint="try again")
     return error_response(refused, request.state.request_id)

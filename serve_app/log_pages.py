@@ -17,7 +17,7 @@ from tunesmith.storage.segments import MAX_BYTES, Segment, read_segments
 
 @dataclass(frozen=True)
 class Cursor:
-    """Everything up to this segment of this attempt was read."""
+    """A place in a job's logs or metrics: everything up to this segment of this attempt was read."""
 
     attempt: int = 1
     segment: int = 0
@@ -41,7 +41,7 @@ def parse_cursor(text: str | None) -> Cursor:
 
 
 def read_logs(storage: Storage, record: Record, *, rank: str, after: Cursor) -> Page[LogView]:
-    """About 1 MiB of one worker's log, attempts in order."""
+    """About 1 MiB of one worker's log, with the attempts in order."""
     parts, place = _read(storage, record, lambda attempt: layout.logs(record.id, attempt, rank), after)
     items = [LogView(attempt=n, rank=rank, text=part.data.decode(errors="replace")) for n, part in parts]
     return Page(items=items, next=str(place))
@@ -57,9 +57,9 @@ def read_metrics(storage: Storage, record: Record, *, names: list[str], after: C
 def _read(
     storage: Storage, record: Record, prefix: Callable[[int], str], after: Cursor
 ) -> tuple[list[tuple[int, Segment]], Cursor]:
-    """Segments after the cursor with their attempts, until they are 1 MiB in all; and the cursor behind them.
+    """The segments after the cursor with their attempts, about 1 MiB in all, and the cursor behind them.
 
-    A later attempt follows when the one before has nothing more: a follower that comes back goes on by itself.
+    A later attempt follows once the one before has nothing more, so a client that asks again goes on by itself.
     """
     parts: list[tuple[int, Segment]] = []
     size, place = 0, after

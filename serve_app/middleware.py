@@ -23,7 +23,7 @@ MAX_BODY_BYTES = 1 << 20
 logger = logging.getLogger(__name__)
 
 
-class Border:
+class DoorMiddleware:
     """ASGI middleware, the outermost of the door.
 
     `proxied`: Serve's proxy gives every request its X-Request-Id and writes it into the answer itself.
@@ -63,7 +63,10 @@ class Border:
             await error_response(fault, request_id)(scope, receive, send_with_id)
 
     def _check_token(self, scope: Scope) -> None:
-        """AuthError unless the request carries the token of `token_path`, read anew every time; no file, no token."""
+        """Raise AuthError unless the request carries the token in the file at `token_path`.
+
+        The file is read anew for every request. Where there is none, no token is asked for.
+        """
         if scope["path"] in OPEN_PATHS:
             return
         try:

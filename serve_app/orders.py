@@ -1,4 +1,4 @@
-"""From a request to an acknowledged job: checked, recorded with its idempotency key in one transaction, answered."""
+"""From a request to an acknowledged job: check it, record it with its idempotency key, and answer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tunesmith.records.record import Insertion
 
 
 def place(door: Door, spec: TrainSpec | RegisterSpec, *, key: str | None) -> Insertion:
-    """Record a job for `spec`, or find the one that `key` was used for before. Refused: nothing is left behind."""
+    """Record a job for `spec`, or find the one that `key` was used for before. A refusal leaves nothing behind."""
     body_hash = hashlib.sha256(_canonical(spec)).hexdigest()
     if key is not None:
         _check_key(key)
-        # Before the checks: what was ordered may be gone, and still the answer is the same.
+        # This comes before the checks: the answer stays the same even where what was ordered is gone.
         first = door.store.first_answer(door.settings.account, idempotency_key=key, body_hash=body_hash)
         if first is not None:
             return first
@@ -89,7 +89,7 @@ def _check_key(key: str) -> None:
         raise SpecError(
             f"Idempotency-Key must be 1 to 255 visible ASCII characters, got {len(key)}: {key[:80]!r}",
             fields=["Idempotency-Key"],
-            hint="a UUID does",
+            hint="use a UUID",
             code="invalid_idempotency_key",
         )
 

@@ -1,4 +1,4 @@
-"""Starts attempts as Ray Jobs and asks after them."""
+"""Starts attempts as Ray Jobs, and asks Ray how they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STOP_WAIT_S = 30
 """Time between Ray's SIGTERM and its SIGKILL for a job that is stopped, seconds."""
 
 _TIMEOUT_S = 30
-"""Of one request to Ray's Jobs API. Its client has none: a hung dashboard would hang the reconciler."""
+"""Timeout of one request to Ray's Jobs API, seconds. Ray's client has none and would hang with the dashboard."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ class RayLauncher:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Whatever Ray's client raises means: not now. The errors of requests are OSErrors."""
+        """Turn whatever Ray's client raises into UnavailableError. The errors of `requests` are OSErrors."""
         from ray.exceptions import RayError
 
         try:
             yield
         except (RuntimeError, OSError, RayError) as error:
             text = f"{type(error).__name__}: {error}"[:500]
-            raise UnavailableError(f"Ray at {self._settings.ray_jobs_url} did not do it: {text}") from error
+            raise UnavailableError(f"Ray at {self._settings.ray_jobs_url} could not do this: {text}") from error
 
 
 def _connect(url: str) -> Any:

@@ -9,13 +9,13 @@ from tunesmith.jobs.spec import RegisterJob
 from tunesmith.records.record import Record
 
 REGISTRATIONS = 2
-"""Registrations at once. They copy files and take no worker, so they wait for each other alone."""
+"""How many registrations run at once. They take no worker, so they wait only for each other."""
 
 
 @dataclass(frozen=True)
 class Turns:
     start: list[Record] = field(default_factory=list)
-    """In this order."""
+    """The jobs that start now, in this order."""
     waiting: list[tuple[Record, str]] = field(default_factory=list)
     """The others, and what each waits for."""
 

@@ -1,4 +1,4 @@
-"""Routes of what jobs are made of: models, datasets and flavors."""
+"""The routes of models, datasets and flavors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NameQuery = Annotated[str | None, Query(description="only the versions of this n
 
 
 class RegisterModel(Frozen):
-    """Take files in as a new version of a model."""
+    """Files to register as a new version of a model."""
 
     name: str
     source: str
@@ -38,7 +38,7 @@ class RegisterModel(Frozen):
 
 
 class RegisterDataset(Frozen):
-    """Take files in as a new version of a dataset."""
+    """Files to register as a new version of a dataset."""
 
     name: str
     source: str
@@ -90,7 +90,7 @@ def register_model(
     body: Annotated[RegisterModel, Body(openapi_examples=openapi_examples.MODEL)],
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """Have a model taken in by a job of kind `register`, which checks that it loads."""
+    """Register a model: a job of kind `register` copies it and checks that it loads."""
     spec = RegisterSpec(asset="model", **body.model_dump(exclude_unset=True))
     return answer_order(place(door, spec, key=idempotency_key), status=202)
 
@@ -119,7 +119,7 @@ def register_dataset(
     body: Annotated[RegisterDataset, Body(openapi_examples=openapi_examples.DATASET)],
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """Have a dataset taken in by a job of kind `register`, which reads its files."""
+    """Register a dataset: a job of kind `register` copies it and reads its files."""
     spec = RegisterSpec(asset="dataset", **body.model_dump(exclude_unset=True))
     return answer_order(place(door, spec, key=idempotency_key), status=202)
 
@@ -142,5 +142,5 @@ def _manifest(door: Door, kind: str, ref: str) -> Manifest:
     except SpecError as error:
         if error.code != f"unknown_{kind}":
             raise
-        # As the name of a page, not a word in an order, it is what is not found.
+        # Here the name is the address that was asked for, not a word in an order, so the answer is 404.
         raise NotFoundError(error.message, fields=error.fields, hint=error.hint, code=error.code) from None

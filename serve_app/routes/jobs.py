@@ -1,4 +1,4 @@
-"""Routes of jobs: order, plan, look, stop, delete, and what they say while they run."""
+"""The routes of jobs: order, plan, look at, stop and delete them, and read what they say while they run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ REPLAY: dict[int | str, dict[str, Any]] = {
 
 
 def answer_order(insertion: Insertion, *, status: int) -> Response:
-    """The first answer as it was written with the job, marked where it is given again."""
+    """The first answer, as it was stored with the job; it is marked where it is repeated."""
     headers = {"Location": f"/v1/jobs/{insertion.record.id}"}
     if insertion.replayed:
         status, headers["Idempotent-Replay"] = 200, "true"
@@ -61,7 +61,7 @@ def create_job(door: DoorDep, spec: TrainBody, idempotency_key: IdempotencyKey =
 
 @router.post("/plans", responses=documented(400, 413, 422))
 def plan_job(door: DoorDep, spec: TrainBody) -> AnyTrainJob:
-    """What an order would run, every default filled in. Nothing is recorded."""
+    """What an order would run, with every default filled in. Nothing is recorded."""
     job = plan(door, spec)
     assert not isinstance(job, RegisterJob)
     return job
@@ -137,7 +137,7 @@ def list_job_metrics(
 
 @router.get("/jobs/{job_id}/audit", responses=documented(404, 422))
 def get_job_audit(door: DoorDep, job_id: str) -> AuditReport:
-    """What the job trains: counts, lengths, and rows with their trained tokens marked. There once it is audited."""
+    """What the job trains: counts, lengths, and rows with their trained tokens marked. There after the audit."""
     return read_audit(door.storage, door.store.get(job_id).id)
 
 

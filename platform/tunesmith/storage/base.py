@@ -1,4 +1,4 @@
-"""The one way to files: a plain folder, or a bucket of an S3 service, behind the same few calls."""
+"""Storage: a plain folder or a bucket of an S3 service, behind the same few calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tunesmith.errors import DataError, NotFoundError, SpecError
 
 PARTIAL = ".partial-"
-"""Files of this prefix are writes that have not ended; no listing shows them."""
+"""The prefix of files that are still being written; no listing shows them."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Entry:
 
 
 class Storage(ABC):
-    """Objects by key under one root. Keys are relative, parted by `/`, and never leave the root (SpecError).
+    """Objects by key under one root. A key is a relative path; one that would leave the root is a SpecError.
 
     A write is durable when the call returns and is seen whole or not at all. Errors: NotFoundError where there is no
     such object, StorageError when the service does not answer after the client's own retries.

@@ -121,7 +121,7 @@ class FolderStorage(Storage):
             yield partial
 
     def _remove_empty(self, folder: Path) -> None:
-        """Folders exist as far as they hold objects, as on S3."""
+        """Remove folders that hold nothing: as on S3, a folder exists only while it holds objects."""
         while folder != self.root and folder.is_relative_to(self.root):
             try:
                 folder.rmdir()

@@ -1,4 +1,4 @@
-"""A storage that is waited for: what a job's own processes work with, so that an outage costs them time alone."""
+"""A storage that waits out an outage. A job's own processes use it, so that an outage costs them only time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class PatientStorage(Storage):
-    """Another storage, whose StorageErrors are answered by trying again, with growing pauses.
+    """Another storage, whose calls are tried again after a StorageError, with growing pauses.
 
     An outage is given up once it has lasted `patience_s` seconds: then the StorageError is raised, and every later call
     tries once, until one goes through. Thread-safe; the threads of a process share what they know of an outage.

@@ -16,7 +16,7 @@ from tunesmith.storage.base import Entry, Storage, _checked, _missing
 from tunesmith.storage.folder import _make_folder
 
 ONE_REQUEST_BYTES = 32 << 20
-"""Files up to this size go to S3 whole: boto3's transfer of parts takes several times the processor's time."""
+"""Files up to this size go to S3 in one request: boto3 needs several times the processor time for parts."""
 
 
 _UNKNOWN_REQUEST = frozenset({400, 405, 501})

@@ -27,7 +27,7 @@ def open_storage(url: str, settings: Settings, *, waiting: Waiting = Waiting()) 
 
 
 def open_patiently(url: str, settings: Settings) -> PatientStorage:
-    """The storage rooted at `url`, waited for as long as the settings say."""
+    """The storage rooted at `url`; its calls wait out an outage for as long as the settings say."""
     return PatientStorage(open_storage(url, settings), patience_s=settings.storage_patience_s)
 
 
