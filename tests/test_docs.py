@@ -43,3 +43,14 @@ def test_the_moves_of_a_job_are_those_of_the_contracts() -> None:
     rows = re.findall(r"^\| `(\w+)`[^|]*\| ([^|]*) \|$", section(6), re.MULTILINE)
     told = {state: frozenset(re.findall(r"`(\w+)`", to)) for state, to in rows}
     assert told == {state: to for state, to in MOVES.items() if to}
+
+
+def test_the_architecture_names_every_package_and_no_module_that_is_not_there() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rooms = ("platform/tunesmith", "trainers", "serve_app")
+    files = [path for room in rooms for path in (ROOT / room).rglob("*.*")]
+    named = set(re.findall(r"`(\w+\.(?:py|c))`", text))
+    assert len(named) > 60
+    assert {name for name in named if all(path.name != name for path in files)} == set()
+    packages = {path.parent.name for path in files if path.name == "__init__.py"} - {"tunesmith", "versions"}
+    assert {package for package in packages if f"{package}/" not in text} == set()
