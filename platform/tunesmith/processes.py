@@ -49,6 +49,11 @@ def find(pid: int, created: float) -> psutil.Process | None:
         return None
 
 
+def lives(place: str, pid: int, created: float) -> bool | None:
+    """Whether that process of the node `place` lives; None where this is another node."""
+    return find(pid, created) is not None if place == node() else None
+
+
 def is_alive(process: psutil.Process) -> bool:
     """Whether the process still runs. A zombie does not, however long its parent leaves it."""
     try:

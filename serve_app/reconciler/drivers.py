@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -41,15 +42,27 @@ class _Watched:
 class Drivers:
     """Judges by this process's own clock alone. What it forgets makes it wait longer, never less."""
 
-    def __init__(self, storage: Storage, settings: Settings, now: Callable[[], float]) -> None:
-        self._storage, self._settings, self._now = storage, settings, now
+    def __init__(
+        self,
+        storage: Storage,
+        settings: Settings,
+        now: Callable[[], float],
+        *,
+        ask: Callable[[DriverProcess], bool | None],
+    ) -> None:
+        """`ask`: whether a process on another node lives; None where nobody there can say so."""
+        self._storage, self._settings, self._now, self._ask = storage, settings, now, ask
+        self._pause_s = settings.heartbeat_s / 4
+        """Between two looks at a heartbeat, or two questions to another node."""
         self._watched: dict[Key, _Watched] = {}
+        self._asked: dict[Key, tuple[float, bool]] = {}
+        """When another node was asked last, and whether it called the process dead."""
         self._node = processes.node()
         self._lock = threading.Lock()
 
-    def life(self, key: Key, process: DriverProcess) -> Life:
-        """Look at a driver; StorageError where its heartbeat cannot be read."""
-        if self._is_dead(process):
+    def life(self, key: Key, process: DriverProcess, *, in_doubt: bool) -> Life:
+        """Look at a driver; StorageError where its heartbeat cannot be read. `in_doubt`: other nodes are asked too."""
+        if self._is_dead(key, process, in_doubt=in_doubt):
             return Life.GONE
         watched = self._look(key)
         if watched.unchanged_s >= (watched.beat.lasts_s if watched.beat else self._settings.heartbeat_lasts_s):
@@ -61,19 +74,29 @@ class Drivers:
         if process.node == self._node:
             name = attempt_name(*key)
             processes.end(self._own(process, name), attempts.MARK, name, limit_s=5.0)
-        return self.life(key, process) is Life.GONE
+        return self.life(key, process, in_doubt=True) is Life.GONE
 
     def keep(self, job_ids: Collection[str]) -> None:
         """Forget all jobs but these."""
         with self._lock:
             self._watched = {key: watched for key, watched in self._watched.items() if key[0] in job_ids}
+            self._asked = {key: asked for key, asked in self._asked.items() if key[0] in job_ids}
 
     def forget(self, key: Key) -> None:
         with self._lock:
             self._watched.pop(key, None)
+            self._asked.pop(key, None)
 
-    def _is_dead(self, process: DriverProcess) -> bool:
-        return process.node == self._node and processes.find(process.pid, process.created) is None
+    def _is_dead(self, key: Key, process: DriverProcess, *, in_doubt: bool) -> bool:
+        if process.node == self._node:
+            return processes.find(process.pid, process.created) is None
+        now = self._now()
+        asked_at, dead = self._asked.get(key, (-math.inf, False))
+        if in_doubt and not dead and not 0 <= now - asked_at < self._pause_s:
+            dead = self._ask(process) is False
+            with self._lock:
+                self._asked[key] = now, dead
+        return dead
 
     def _own(self, process: DriverProcess, name: str) -> psutil.Process | None:
         """The driver, where it bears the attempt's name itself: a claim is no reason to kill just any process."""
@@ -85,7 +108,7 @@ class Drivers:
 
     def _look(self, key: Key) -> _Watched:
         now, watched = self._now(), self._watched.get(key)
-        if watched is not None and 0 <= now - watched.looked_at < self._settings.heartbeat_s / 4:
+        if watched is not None and 0 <= now - watched.looked_at < self._pause_s:
             return watched
         try:
             beat = attempts.read_heartbeat(self._storage, *key)

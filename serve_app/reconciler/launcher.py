@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tunesmith import processes
 from tunesmith.errors import UnavailableError
-from tunesmith.jobs.attempts import MARK, attempt_name
+from tunesmith.jobs.attempts import MARK, DriverProcess, attempt_name
 from tunesmith.settings import Settings
 
 ALIVE = frozenset({"PENDING", "RUNNING"})
@@ -45,6 +46,9 @@ class Launcher(Protocol):
 
     def stop(self, submission_id: str) -> None:
         """Ask Ray to end it; returns at once. One that ended, or is unknown, is left alone."""
+
+    def lives(self, process: DriverProcess) -> bool | None:
+        """Whether a driver's process, on whatever node of the cluster, lives; None where no node can say so."""
 
     def capacity(self) -> Mapping[str, float]:
         """All resources of the cluster, in use or not."""
@@ -95,6 +99,21 @@ class RayLauncher:
             except RuntimeError as error:
                 if not _is_unknown(error):
                     raise
+
+    def lives(self, process: DriverProcess) -> bool | None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        with self._errors():
+            for node in ray.nodes():
+                if not node["Alive"] or node["NodeManagerHostname"] != process.host:
+                    continue
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                look = ray.remote(num_cpus=0, max_retries=0)(processes.lives).options(scheduling_strategy=there)
+                answer = ray.get(look.remote(process.node, process.pid, process.created), timeout=_TIMEOUT_S)
+                if answer is not None:
+                    return bool(answer)
+        return None
 
     def capacity(self) -> Mapping[str, float]:
         import ray

@@ -67,7 +67,7 @@ class Supervisor:
         self._settings = settings
         self._now = now
         self._lines = EventLines(storage)
-        self._drivers = Drivers(storage, settings, now)
+        self._drivers = Drivers(storage, settings, now, ask=launcher.lives)
         self._claims: dict[tuple[str, int], Claim] = {}
         self._contradicted: set[tuple[str, int]] = set()
         """Attempts that live although Ray calls them ended, once that was said."""
@@ -123,7 +123,7 @@ class Supervisor:
         # Whom Ray does not know as a job cannot be asked after: it counts as alive.
         ended = owner is not None and (told is None or told.status not in ALIVE)
         if claim is not None and claim.process is not None:
-            life = self._drivers.life(_key(record), claim.process)
+            life = self._drivers.life(_key(record), claim.process, in_doubt=ended)
             if life is Life.SILENT:
                 return self._bury(record, claim, None, f"no sign of life for {self._settings.heartbeat_stale_s:g} s")
             if life is Life.GONE and ended:

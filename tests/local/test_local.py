@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.support.ray_fixture import Running
-from tunesmith import processes
+from tunesmith import processes, taken_down
 from tunesmith.errors import ConflictError, SpecError
 from tunesmith.local import local_platform, ports
 from tunesmith.settings import Settings
@@ -109,7 +109,9 @@ def test_up_down_and_up_again_leaves_no_process_behind(platform_settings: Settin
         local_platform.up(Settings.from_env({**settings.to_env(), "TUNESMITH_ACCOUNT": "other"}))
     members = local_platform.processes_of(started.platform)
     assert len(members) > 5
+    assert not taken_down.was_taken_down(settings, started.platform.mark)
     assert local_platform.down(settings) >= len(members)
+    assert taken_down.was_taken_down(settings, started.platform.mark)
     assert not [process for process in members if processes.is_alive(process)]
     assert not Path(started.platform.temp_dir).exists()
     assert local_platform.up(settings, door=False, **SMALL).ray

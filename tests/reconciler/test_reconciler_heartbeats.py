@@ -165,6 +165,16 @@ def test_a_silent_driver_on_another_node_is_fenced_and_waited_for(stage: Stage, 
     assert stage.status(record) == ("preparing", None, 2)
 
 
+def test_a_driver_on_another_node_is_replaced_at_once_where_ray_finds_no_process(
+    stage: Stage, drivers: list[Driver]
+) -> None:
+    record, driver = running(stage, drivers, node="another")
+    stage.launcher.tell(driver.submission_id, "FAILED", "exit code -9")
+    stage.launcher.told_lives = False
+    stage.rounds(2)
+    assert stage.status(record) == ("preparing", None, 2)
+
+
 def test_an_outage_of_storage_costs_no_attempt(stage: Stage, drivers: list[Driver]) -> None:
     record, driver = running(stage, drivers)
     away = False

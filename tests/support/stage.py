@@ -78,6 +78,8 @@ class FakeLauncher:
     folder: Path
     resources: Mapping[str, float]
     away: bool = False
+    told_lives: bool | None = None
+    """What it says of drivers on other nodes."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +103,10 @@ class FakeLauncher:
         job = self._job(submission_id)
         if job is not None and job["status"] in ALIVE:
             self.tell(submission_id, "STOPPED")
+
+    def lives(self, process: DriverProcess) -> bool | None:
+        self._answer()
+        return self.told_lives
 
     def capacity(self) -> Mapping[str, float]:
         self._answer()
