@@ -18,7 +18,7 @@ import pytest
 
 from tests.support import galleries, jobs, programs
 from tests.support.publishing import files_key, publish
-from tests.support.ray_fixture import Running, running_platform
+from tests.support.ray_fixture import Running
 from tests.support.waiting import until
 from tunesmith import processes
 from tunesmith.api.views import JobView
@@ -27,11 +27,6 @@ from tunesmith.jobs.spec import TrainSpec
 
 pytestmark = pytest.mark.ray
 
-SETTINGS = {
-    "TUNESMITH_PROGRAM_DISK_GIB": "1",
-    "TUNESMITH_PROGRAM_PROCESSES": "500",
-    "TUNESMITH_STOP_GRACE_S": "16",
-}
 SLOW_S = 5.0
 """An answer of the door that takes longer counts as none."""
 PARAMETERS = {
@@ -266,9 +261,8 @@ class Door:
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    with running_platform(SETTINGS, door=True) as running:
-        yield running
+def running(platform: Running) -> Running:
+    return platform
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +370,8 @@ def test_a_program_that_is_deaf_to_sigterm_is_killed_at_a_stop(running: Running,
     ended = wait(running, job)
     assert (ended.state, ended.reason) == ("stopped", "stopped_by_user")
     assert "train.py was killed" in (ended.message or "")
-    assert "train.py was sent SIGTERM; after 8 s it is killed" in messages(running, job)
+    grace_s = running.settings.stop_grace_s / 2
+    assert f"train.py was sent SIGTERM; after {grace_s:g} s it is killed" in messages(running, job)
     assert running.storage.get(f"jobs/{job.id}/attempts/1/output/half.bin") == b"half"
 
 
@@ -522,6 +517,7 @@ def test_requirements_that_install_are_there_and_those_that_do_not_say_why(
     assert "requirements.txt could not be installed (pip ended with exit code 1)" in (ended.message or "")
     assert "missing-1.0.tar.gz" in (ended.message or "")
     assert "missing-1.0.tar.gz" in jobs.log(running, second.id, "0")
+    assert [event.phase for event in jobs.events(running, second.id) if event.phase] == ["fetch", "environment", "save"]
 
 
 def test_a_setup_py_that_attacks_gets_nothing_and_leaves_nothing(

@@ -40,10 +40,18 @@ def platform_settings() -> Iterator[Settings]:
         yield settings
 
 
+SHARED = {
+    "TUNESMITH_PROGRAM_DISK_GIB": "1",
+    "TUNESMITH_PROGRAM_PROCESSES": "500",
+    "TUNESMITH_STOP_GRACE_S": "20",
+}
+"""Bounds that a test reaches in seconds."""
+
+
 @pytest.fixture(scope="session")
 def platform() -> Iterator[Running]:
     """The platform that all tests of the session share: 2 CPUs, its storage a folder."""
-    with running_platform({}, door=True) as running:
+    with running_platform(SHARED, door=True) as running:
         yield running
 
 
