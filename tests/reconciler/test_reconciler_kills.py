@@ -1,6 +1,7 @@
 """kill -9 of the reconciler between any two of its writes: every job still ends as it would have, and only once."""
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -162,8 +163,10 @@ def reached(home: Path) -> list[Reaches]:
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_a_reconciler_killed_between_any_two_writes_loses_nothing_and_does_nothing_twice(tmp_path: Path) -> None:
-    in_a_process(lambda: prepare(tmp_path / "whole"))
+    in_a_process(lambda: prepare(tmp_path / "prepared"))
+    shutil.copytree(tmp_path / "prepared", tmp_path / "whole")
     in_a_process(lambda: run_rounds(tmp_path / "whole", Life(None), NOW))
     whole = reached(tmp_path / "whole")
     begun = ["pending", "queued", "preparing", "running"]
@@ -183,7 +186,7 @@ def test_a_reconciler_killed_between_any_two_writes_loses_nothing_and_does_nothi
     while ended:
         kill_at += 1
         home = tmp_path / str(kill_at)
-        in_a_process(lambda home=home: prepare(home))
+        shutil.copytree(tmp_path / "prepared", home)
         ended = in_a_process(lambda home=home, life=Life(kill_at): run_rounds(home, life, NOW))
         if ended:
             assert in_a_process(lambda home=home: run_rounds(home, Life(None), NOW + 1000)) == 0
