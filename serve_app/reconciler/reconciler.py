@@ -54,7 +54,7 @@ class Reconciler:
         self._launcher = launcher
         self._clock = clock
         self._records = LeasedRecords(store, LEASE, holder=holder, duration_s=settings.lease_s, clock=clock)
-        self._supervisor = Supervisor(self._records, storage, launcher, settings, clock)
+        self._supervisor = Supervisor(self._records, storage=storage, launcher=launcher, settings=settings, now=clock)
         self._adoption = Adoption(self._records, storage, account=settings.account, clock=clock)
         self._lanes = Lanes(_WIDTHS)
         self._unclaimed: set[tuple[str, int]] = set()

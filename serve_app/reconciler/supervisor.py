@@ -56,6 +56,7 @@ class Supervisor:
     def __init__(
         self,
         records: LeasedRecords,
+        *,
         storage: Storage,
         launcher: Launcher,
         settings: Settings,
@@ -177,22 +178,32 @@ class Supervisor:
             if waited_s < self._settings.stop_grace_s + FORCED_S:
                 return None
         message = f"stopped without a last checkpoint: it had not ended after {waited_s:.0f} s"
-        return self._fence(record, owner, "stopped", record.status.reason or "stopped_by_user", message)
+        return self._fence(
+            record, owner, outcome="stopped", reason=record.status.reason or "stopped_by_user", message=message
+        )
 
     def _bury(self, record: Record, claim: Claim | None, told: RayJob | None, says: str) -> Result:
         """The end of an attempt whose driver is gone, or silent, without a result; `says` is how that is known."""
         owner = claim.submission_id if claim else record.submission_id
         process = claim.process if claim else None
         if self._is_published(record):
-            return self._fence(record, owner, "completed", None, f"published, but its driver did not say so; {says}")
+            return self._fence(
+                record,
+                owner,
+                outcome="completed",
+                reason=None,
+                message=f"published, but its driver did not say so; {says}",
+            )
         if told is not None and told.status == "STOPPED":
             reason = record.status.reason if record.status.state == "stopping" else None
-            return self._fence(record, owner, "stopped", reason or "stopped_by_user", "stopped through Ray")
+            return self._fence(
+                record, owner, outcome="stopped", reason=reason or "stopped_by_user", message="stopped through Ray"
+            )
         if process is not None and taken_down.was_taken_down(self._settings, process.platform):
-            return self._fence(record, owner, "lost", "preempted", "the platform was taken down")
-        return self._fence(record, owner, "lost", "worker_lost", says)
+            return self._fence(record, owner, outcome="lost", reason="preempted", message="the platform was taken down")
+        return self._fence(record, owner, outcome="lost", reason="worker_lost", message=says)
 
-    def _fence(self, record: Record, owner: str | None, outcome: str, reason: str | None, message: str) -> Result:
+    def _fence(self, record: Record, owner: str | None, *, outcome: str, reason: str | None, message: str) -> Result:
         """Make sure that the attempt's driver does nothing more; how it ended: the driver's own result stands.
 
         The end is written down at once, so that a restart finds it. The claim names the driver, so that a restart

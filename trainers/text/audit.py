@@ -63,7 +63,7 @@ def audit(
         off=off,
         merged=merged,
         ends=list(dict.fromkeys(check.end for check in checks if check.end)),
-        findings=list(_findings(counts, len(checks), off, merged, share)),
+        findings=list(_findings(counts, checked=len(checks), off=off, merged=merged, share=share)),
         rows=[_shown(row, rows.ids(row), rows.trained(row), tokenizer) for row in range(shown)],
     )
 
@@ -78,7 +78,7 @@ def refuse(report: AuditReport) -> None:
         )
 
 
-def _findings(counts: AuditCounts, checked: int, off: int, merged: int, share: float) -> Iterator[Finding]:
+def _findings(counts: AuditCounts, *, checked: int, off: int, merged: int, share: float) -> Iterator[Finding]:
     def of(part: int, whole: int) -> str:
         return f"{part:,} of {whole:,} rows"
 
