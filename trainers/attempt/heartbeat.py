@@ -43,6 +43,9 @@ KERNEL_S = 2.0
 WAITING = Waiting(connect_s=2, read_s=5, tries=1)
 """How long a heartbeat waits for storage: after an outage the next one must come before the old one is stale."""
 
+_ASK_S = 2.0
+"""Between two questions to Ray, seconds."""
+
 _CONNECT_S = 2.0
 _RETRY_S = 2.0
 """Pause after a heartbeat that storage did not take, seconds."""
@@ -152,13 +155,19 @@ class _Ray:
 
     def __init__(self) -> None:
         self._address: tuple[str, int] | None = None
-        self._answered_at = time.monotonic()
+        self._asked_at = time.monotonic()
+        self._silent_since: float | None = None
 
     def silent_s(self) -> float:
-        """For how many seconds it has not answered; 0 where this process uses no Ray."""
-        if self.answers():
-            self._answered_at = time.monotonic()
-        return time.monotonic() - self._answered_at
+        """For how many seconds it has not answered; where this process uses no Ray, it always does."""
+        now = time.monotonic()
+        if now - self._asked_at >= _ASK_S:
+            self._asked_at = now
+            if self.answers():
+                self._silent_since = None
+            elif self._silent_since is None:
+                self._silent_since = now
+        return 0.0 if self._silent_since is None else now - self._silent_since
 
     def answers(self) -> bool:
         self._address = self._address or _gcs_address()
