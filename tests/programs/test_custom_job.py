@@ -56,7 +56,7 @@ def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:
         seen["network"] = False
     seen["namespaces"] = subprocess.run(["unshare", "-U", "true"], capture_output=True).returncode == 0
     (output / "seen.json").write_text(json.dumps(seen))
-    subprocess.Popen(["sleep", "1000"])
+    subprocess.Popen(["sleep", "98321"])
     """
     here = platform.settings
     train = train.replace("PORT", str(here.ray_dashboard_port)).replace("HOME", str(here.home))
@@ -107,7 +107,7 @@ def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:
     assert any("line 3: '4|high|1'" in (event.message or "") for event in said)
     assert any("README.md, out" in (event.message or "") for event in said)
     assert "step 2 LOSS 9.0" in jobs.log(platform, job.id, "0")
-    assert not list(jobs.processes(platform, "sleep 1000"))
+    assert not list(jobs.processes(platform, "sleep 98321"))
 
 
 def test_a_train_py_that_fails_keeps_its_log_and_output_and_publishes_nothing(platform: Running, start: Start) -> None:

@@ -298,7 +298,7 @@ def test_a_program_in_an_image_ends_with_all_it_began_and_leaves_nothing(store: 
     place = store[0]
     with place.running(DAEMON, store[1]) as program:
         assert program.output.readline() == b"up\n"
-        belonging = _container(program._process.pid)
+        belonging = _container(program.tree()[0].pid)
         assert cgroups(place)
     assert [process for process in belonging if processes.is_alive(process)] == []
     assert cgroups(place) == []

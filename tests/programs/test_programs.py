@@ -60,9 +60,9 @@ def test_a_program_and_all_it_began_end_together(tmp_path: Path, isolation: str)
     with running(tmp_path, code, isolation=isolation) as program:
         assert program.output.readline() == b"up\n"
         assert program.sample().rss_bytes > 1 << 20
-        children = psutil.Process(program._process.pid).children(recursive=True)
-        assert any("4321" in child.cmdline() for child in children)
-    assert [child.cmdline() for child in children if processes.is_alive(child)] == []
+        tree = program.tree()
+        assert any("4321" in process.cmdline() for process in tree)
+    assert [process.pid for process in tree if processes.is_alive(process)] == []
 
 
 @pytest.mark.parametrize("isolation", ["bubblewrap", "none"])
