@@ -32,7 +32,7 @@ from tunesmith.storage.base import Storage
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 OUTAGE_S = 20.0
-STEPS = 500
+STEPS = 800
 """Of the recipe's job: more than it does until the outage is over."""
 
 
