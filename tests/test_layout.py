@@ -133,3 +133,21 @@ def test_no_test_imports_another_and_no_program_that_ships_imports_a_test() -> N
 
 def test_what_tests_share_fits_one_folder() -> None:
     assert len(list((ROOT / "tests" / "support").glob("*.py"))) <= 20
+
+
+def test_functions_take_at_most_four_arguments_by_position() -> None:
+    """Further arguments are given by name, so that two of them cannot be swapped unnoticed."""
+    # Operators of torch, which the recipe has, take their arguments by position.
+    rooms = [ROOT / room for room in ("platform", "serve_app", "demo", "trainers/attempt", "trainers/text")]
+    taken = {
+        f"{path.relative_to(ROOT)} {node.name}": len([*node.args.posonlyargs, *node.args.args])
+        - (node.args.args[:1] != [] and node.args.args[0].arg in ("self", "cls"))
+        for path, tree in modules().items()
+        if any(path.is_relative_to(room) for room in rooms)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    # What pickle calls.
+    del taken["platform/tunesmith/errors.py _rebuild"]
+    assert len(taken) > 500
+    assert {name: count for name, count in taken.items() if count > 4} == {}
