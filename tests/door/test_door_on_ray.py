@@ -1,6 +1,7 @@
 """The door and the reconciler as Serve applications: kill -9 of either loses no acknowledged job."""
 
 import os
+import re
 import signal
 import time
 import uuid
@@ -72,7 +73,7 @@ def test_serve_shows_both_applications(platform: Running) -> None:
     assert {name: shown[name]["route_prefix"] for name in shown} == {"door": "/", "reconciler": None}
 
 
-def test_ray_says_that_a_submission_exists_or_is_unknown_in_the_words_we_know(
+def test_ray_says_in_the_words_we_know_that_a_submission_exists_is_unknown_or_failed(
     platform: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The launcher knows these answers by their text. Another Ray that says it otherwise is found here.
@@ -83,7 +84,8 @@ def test_ray_says_that_a_submission_exists_or_is_unknown_in_the_words_we_know(
     launcher.stop(f"{name}-a1")
     launcher.submit(name, 1, "/nowhere/jobs/none/job.json", account="operator")
     launcher.submit(name, 1, "/nowhere/jobs/none/job.json", account="operator")
-    wait_for(lambda: (job := launcher.status(f"{name}-a1")) is not None and job.status not in ALIVE)
+    ended = wait_for(lambda: (job := launcher.status(f"{name}-a1")) is not None and job.status not in ALIVE and job)
+    assert re.fullmatch(r"Job entrypoint command failed with exit code \d+", ended.message), "without its log"
     launcher.stop(f"{name}-a1")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ class Database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         self.engine = sa.create_engine(parsed, connect_args={"timeout": 30})
         sa.event.listen(self.engine, "connect", _on_connect)
+        self._writer = threading.Lock()
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
@@ -33,8 +35,11 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """A transaction that writes; it takes SQLite's write lock at once, so that what it reads stays true."""
-        with self.engine.connect() as connection, connection.begin():
+        """A transaction that writes; it takes SQLite's write lock at once, so that what it reads stays true.
+
+        The threads of a process wait for each other here: those that wait for SQLite's lock sleep and look again.
+        """
+        with self._writer, self.engine.connect() as connection, connection.begin():
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
 

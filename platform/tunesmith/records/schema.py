@@ -36,6 +36,7 @@ JOBS = sa.Table(
     sa.UniqueConstraint("output_kind", "output_name", "output_version"),
     sa.Index("jobs_by_creation", "created_at", "id"),
     sa.Index("jobs_by_state", "state"),
+    sa.Index("jobs_by_deletion", "purged_at", "deleted_at"),
 )
 EVENTS = sa.Table(
     "events",

@@ -41,6 +41,7 @@ def _create_jobs() -> None:
     )
     op.create_index("jobs_by_creation", "jobs", ["created_at", "id"])
     op.create_index("jobs_by_state", "jobs", ["state"])
+    op.create_index("jobs_by_deletion", "jobs", ["purged_at", "deleted_at"])
 
 
 def _create_events() -> None:
