@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +59,6 @@ class RayLauncher:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._connection: Any = None
-        self._lock = threading.Lock()
 
     def submit(self, job_id: str, attempt: int, job_url: str, *, account: str) -> None:
         command = [self._settings.python, "-m", "trainers", job_url, "--attempt", str(attempt)]
@@ -122,10 +120,10 @@ class RayLauncher:
             return {str(name): float(amount) for name, amount in ray.cluster_resources().items()}
 
     def _client(self) -> Any:
-        with self._lock:
-            if self._connection is None:
-                self._connection = _connect(self._settings.ray_jobs_url)
-            return self._connection
+        # Two threads may both connect. None waits for the other, for a dashboard that hangs takes its time to tell.
+        if self._connection is None:
+            self._connection = _connect(self._settings.ray_jobs_url)
+        return self._connection
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
