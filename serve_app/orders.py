@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from typing import Any
 
 from serve_app.door import Door
 from serve_app.views import job_view
+from tunesmith.assets.sources import check_source
 from tunesmith.clock import utc_text
 from tunesmith.errors import SpecError
 from tunesmith.jobs.drafting import draft, new_job_id
@@ -42,7 +42,7 @@ def plan(door: Door, spec: TrainSpec | RegisterSpec) -> Job:
 
 def _draft(door: Door, spec: TrainSpec | RegisterSpec) -> Job:
     if isinstance(spec, RegisterSpec):
-        spec = spec.model_copy(update={"source": check_source(spec.source, door.settings.import_roots)})
+        spec = spec.model_copy(update={"source": check_source(spec.source, door.settings)})
     return draft(
         spec,
         storage=door.storage,
@@ -51,37 +51,6 @@ def _draft(door: Door, spec: TrainSpec | RegisterSpec) -> Job:
         created_at=utc_text(),
         capacity=door.capacity,
     )
-
-
-def check_source(source: str, import_roots: str) -> str:
-    """Where to register files from: a bucket's URL as it is, or the real path of what lies below an import root."""
-    if re.fullmatch(r"(s3|obs)://[^/]+(/.*)?", source):
-        return source
-    path = source.removeprefix("file://")
-    if not path.startswith("/") or "\0" in path:
-        raise SpecError(
-            f"source must be a full path, s3://BUCKET/PREFIX or obs://BUCKET/PREFIX, got {source!r}",
-            fields=["source"],
-            code="invalid_source",
-        )
-    # The real path is what the cluster gets: a link that is changed later leads nowhere else.
-    real = os.path.realpath(path)
-    roots = [os.path.realpath(root) for root in import_roots.split(":") if root]
-    if not any(os.path.commonpath([real, root]) == root for root in roots):
-        raise SpecError(
-            f"source must lie below {' or '.join(roots)}, got {source!r}",
-            fields=["source"],
-            hint="TUNESMITH_IMPORT_ROOTS names the folders that files are taken from",
-            code="source_not_allowed",
-        )
-    if not os.access(real, os.R_OK):
-        raise SpecError(
-            f"there is no file or folder {source!r} that the door can read",
-            fields=["source"],
-            hint="check the path, or put the files into a bucket",
-            code="unknown_source",
-        )
-    return real
 
 
 def _check_key(key: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from trainers.attempt.stop_watch import StopWatch, stopped
 from tunesmith import processes
 from tunesmith.assets.catalog import published
 from tunesmith.clock import utc_text
-from tunesmith.errors import LeaseLostError, SpecError, StorageError, UnavailableError
+from tunesmith.errors import STORAGE_FULL, LeaseLostError, SpecError, StorageError, UnavailableError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, DriverProcess, EventWriter, Result
 from tunesmith.jobs.spec import CustomJob, Job, RegisterJob, parse_job
@@ -93,7 +94,19 @@ def _run(attempt: Attempt, pulse: Pulse) -> Result:
             logger.exception("%s: attempt %d is given up: its Ray is gone", job.id, attempt.number)
             return Result(outcome="lost", reason="worker_lost", message=f"Ray was lost: {error}", time=utc_text())
         logger.exception("%s: attempt %d failed", job.id, attempt.number)
-        return attempts.failure(error)
+        return attempts.failure(_named(error))
+
+
+def _named(error: Exception) -> Exception:
+    """The error, or the platform's own in its place: of a disk that is full, also where a library met it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" of {error.filename}" if error.filename else ""
+        return StorageError(
+            f"the disk{where} on {socket.gethostname()} is full",
+            hint="make room on the disk of the platform's home",
+            code=STORAGE_FULL,
+        )
+    return error
 
 
 def _deadline(storage: Storage, job: Job, number: int) -> float | None:

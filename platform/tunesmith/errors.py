@@ -107,6 +107,12 @@ class DamagedError(TunesmithError):
     code = "damaged_file"
 
 
+STORAGE_FULL = "storage_full"
+"""Code of a StorageError that comes from a storage without room."""
+EXIT_STORAGE_FULL = 28
+"""Exit code of a driver that ended because of that: ENOSPC of Linux."""
+
+
 class UnavailableError(TunesmithError):
     """Something that the platform needs does not answer now; the same call may succeed later."""
 

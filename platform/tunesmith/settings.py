@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -55,11 +56,13 @@ class Settings(Frozen):
     ray_port: Port = 6379
     """Port of the Ray that `tunesmith up` starts (its GCS), on loopback."""
     ray_temp_dir: str = "/tmp"
-    """Folder in which `tunesmith up` makes Ray's own; at most 30 characters, because paths of sockets are short."""
+    """Folder in which `tunesmith up` makes Ray's own; at most 28 characters, because paths of sockets are short."""
     python: str = Field(default_factory=lambda: sys.executable)
     """Interpreter that runs the drivers of jobs on the cluster, as a full path."""
     import_roots: str = "/"
-    """Folders, separated by `:`, that a registration may read local files from."""
+    """Folders, separated by `:`, that a registration may read local files from. By default any folder that the
+    platform's user may read, which suits a platform of one person; where others hold tokens, name the folders. The
+    platform's home, its storage, Ray's folders and `/proc`, `/sys`, `/dev` and `/run` are never among them."""
     segment_s: Seconds = 5.0
     """Age in seconds at which a segment of a growing record is closed."""
     reconcile_interval_s: Seconds = 0.5
@@ -80,6 +83,9 @@ class Settings(Frozen):
     """What a user's program may write to the disk of its node in all, in GiB."""
     program_processes: Annotated[int, Field(ge=1)] = 4096
     """How many processes and threads a user's program may have at once."""
+    cache_gib: Annotated[int, Field(ge=1)] = 50
+    """What a node keeps of fetched models, tokens, environments and images, in GiB. What was used least recently goes;
+    what is in use stays."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -129,6 +135,11 @@ class Settings(Frozen):
     def heartbeat_lasts_s(self) -> float:
         """How long a driver goes on at most without being able to renew its heartbeat."""
         return self.storage_patience_s + self.heartbeat_stale_s
+
+    @property
+    def ray_folder(self) -> Path:
+        """Folder of this installation's Ray, which nobody else may read or write."""
+        return Path(self.ray_temp_dir) / f"ts-{sha256(str(self.home).encode()).hexdigest()[:8]}"
 
     @property
     def door_url(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tunesmith import processes
-from tunesmith.errors import UnavailableError
+from tunesmith.errors import EXIT_STORAGE_FULL, UnavailableError
 from tunesmith.jobs.attempts import MARK, DriverProcess, attempt_name
 from tunesmith.settings import Settings
 
@@ -153,4 +153,7 @@ def _is_unknown(error: RuntimeError) -> bool:
 
 def _first_line(text: str | None) -> str | None:
     """Ray's message without the lines of the driver's log that it may quote: they could hold rows of the dataset."""
-    return text.strip().partition("\n")[0].partition(", last available logs")[0] if text else None
+    line = text.strip().partition("\n")[0].partition(", last available logs")[0] if text else None
+    if line is not None and line.endswith(f"exit code {EXIT_STORAGE_FULL}"):
+        return f"the storage is full: {line}"
+    return line

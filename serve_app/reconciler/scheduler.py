@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from tunesmith.jobs.spec import RegisterJob
 from tunesmith.records.record import Record
 
-REGISTRATIONS = 2
-"""How many registrations run at once. They take no worker, so they wait only for each other."""
+REGISTRATIONS = 8
+"""How many registrations run at once. Each has a driver on the head, which copies files; what it computes is a Ray task
+that takes its place among the cluster's resources."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_pages_of_jobs_follow_each_other(client: Client) -> None:
 
 
 def test_registrations_are_jobs(client: Client, live_door: LiveDoor) -> None:
-    source = live_door.settings.home / "rows.jsonl"
+    source = live_door.settings.home.with_name("rows.jsonl")
     source.write_text("{}\n")
     model = client.register_model("new", str(source), task_type="text-generation")
     dataset = client.register_dataset("rows", str(source))
@@ -167,6 +167,24 @@ def test_a_refusal_is_not_asked_again() -> None:
         with pytest.raises(SpecError):
             client.jobs()
         assert len(asked) == 1
+
+
+def test_a_404_that_is_not_the_doors_own_is_asked_again(live_door: LiveDoor) -> None:
+    with Client(live_door.url, live_door.token) as direct:
+        job = direct.submit(ORDER)
+    proxys = (404, b"Path '/v1/jobs' not found. Ping http://.../-/routes for available routes.")
+    answers = [(200, b'{"items": [], "next": null}'), proxys, proxys, (200, job.model_dump_json().encode())]
+    with _flaky(answers) as (url, asked), Client(url) as client:
+        client.jobs()
+        assert client.job(job.id) == job
+    assert len(asked) == 4
+
+
+def test_a_404_of_what_is_no_door_is_told_in_the_end() -> None:
+    with _flaky([(404, b"nothing here")]) as (url, _), Client(url, first_retry_s=0) as client:
+        with pytest.raises(NotFoundError, match="nothing here") as caught:
+            client.jobs()
+        assert caught.value.hint == "is it a Tunesmith front door?"
 
 
 def test_trying_again_has_an_end_and_keeps_the_doors_own_words() -> None:

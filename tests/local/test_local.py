@@ -130,6 +130,32 @@ def test_what_a_killed_ray_left_is_ended_by_the_next_up(platform_settings: Setti
 
 
 @pytest.mark.ray
+def test_rays_folder_is_nobody_elses_to_read_or_write(platform_settings: Settings) -> None:
+    settings = platform_settings
+    settings.ray_folder.mkdir(mode=0o777)
+    for _ in range(2):  # after a restart as well
+        platform = local_platform.up(settings, door=False, **SMALL).platform
+        temp_dir = Path(platform.temp_dir)
+        assert (temp_dir / "session_latest").exists()
+        assert settings.ray_folder in temp_dir.parents
+        assert (settings.ray_folder.stat().st_mode & 0o777, settings.ray_folder.stat().st_uid) == (0o700, os.getuid())
+        local_platform.down(settings)
+        assert not settings.ray_folder.exists()
+
+
+def test_a_ray_folder_that_is_a_link_is_refused(settings: Settings, tmp_path: Path) -> None:
+    settings = settings.model_copy(update={"ray_temp_dir": "/tmp"})
+    (tmp_path / "theirs").mkdir()
+    settings.ray_folder.symlink_to(tmp_path / "theirs")
+    try:
+        with pytest.raises(SpecError) as caught:
+            local_platform._make_ray_folder(settings)
+    finally:
+        settings.ray_folder.unlink()
+    assert caught.value.code == "ray_folder_open"
+
+
+@pytest.mark.ray
 def test_nothing_but_serves_replicas_listens_beyond_loopback(platform: Running) -> None:
     outside = {
         process.name()

@@ -1,7 +1,10 @@
 """A registration takes in what a job can rely on, refuses the rest with its reason, and publishes once."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,11 @@ import pytest
 
 from tests.support import galleries, tiny
 from trainers.driver import drive
+from trainers.registration.model_check import check_language_model
 from tunesmith.assets import catalog
 from tunesmith.assets.training_types import TEXT_TYPES
 from tunesmith.clock import utc_text
-from tunesmith.errors import SpecError
+from tunesmith.errors import ModelError, SpecError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, Result
 from tunesmith.jobs.drafting import draft, new_job_id
@@ -244,3 +248,55 @@ def test_a_text_model_with_a_broken_gallery_keeps_its_text_types(
     types = catalog.get_manifest(storage, "model", "tiny").training
     assert types.allowed == list(TEXT_TYPES)
     assert "gallery_train/train_params.json is missing" in (types.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(_without("tokenizer.json"), "no tokenizer.json"), (_without("README.md"), "task type is not given")],
+)
+def test_a_model_is_refused_by_its_names_before_its_weights_are_copied(
+    storage: Storage,
+    settings: Settings,
+    model_source: Path,
+    tmp_path: Path,
+    spoil: Any,
+    says: str,
+) -> None:
+    folder = shutil.copytree(model_source, tmp_path / "model")
+    spoil(folder)
+    os.truncate(folder / "model.safetensors", 1 << 38)
+    result = register(storage, settings, "model", folder)
+    assert (result.outcome, says in (result.message or "")) == ("failed", True), result
+
+
+def test_a_registration_that_is_to_stop_does(storage: Storage, settings: Settings, model_source: Path) -> None:
+    job_id = order(storage, settings, "model", model_source)
+    attempts.request_stop(storage, job_id)
+    assert drive(layout.join(storage.url, layout.job_json(job_id)), 1, settings) == 0
+    result = attempts.read_result(storage, job_id, 1)
+    assert result is not None
+    assert (result.outcome, result.reason) == ("stopped", "stopped_by_user")
+    assert catalog.list_manifests(storage, "model") == []
+
+
+def test_whoever_checks_a_model_loads_no_torch_for_it(model_source: Path, tmp_path: Path) -> None:
+    code = f"""
+import pathlib, sys
+import trainers.programs.gang, trainers.registration.registration
+from trainers.registration.model_check import check_language_model
+print(check_language_model(pathlib.Path({str(shutil.copytree(model_source, tmp_path / "model"))!r}))["architecture"])
+print({{"torch", "transformers"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["LlamaForCausalLM", "set()"]
+
+
+def test_a_model_that_ends_the_process_that_checks_it_is_refused(
+    model_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'trainers.registration.language_models' in sys.orig_argv: os.abort()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(ModelError, match="the check of the model ended with signal 6"):
+        check_language_model(model_source)

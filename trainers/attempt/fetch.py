@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunesmith import caches
 from tunesmith.assets.catalog import Manifest, get_manifest
 from tunesmith.assets.stored_files import StoredFiles
 from tunesmith.settings import Settings
@@ -57,8 +58,10 @@ def fetch(storage: Storage, kind: str, ref: str, settings: Settings) -> Fetched:
         _check_once(stored, local, settings.home / "cache" / "checked" / key)
         return Fetched(local, manifest)
     place = settings.home / "cache" / "fetched" / key
+    caches.hold(place)
     if not place.is_dir():
         _copy(storage, stored, place)
+        caches.keep_bounds(settings)
     return Fetched(place, manifest)
 
 

@@ -24,6 +24,7 @@ from trainers.programs import outputs, sandbox
 from trainers.programs.program import Program
 from trainers.programs.program_log import ProgramLog
 from trainers.programs.sandbox import Room
+from tunesmith import caches
 from tunesmith.errors import SpecError
 from tunesmith.settings import Settings
 
@@ -60,6 +61,7 @@ def own_environment(
         return Environment(Path(sys.executable), None, None)
     folder = settings.home / "cache" / "environments" / account / _key(requirements)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    caches.hold(folder)
     with locked(folder.with_suffix(".lock")):
         if not (folder / LOCK).is_file():
             try:
@@ -69,6 +71,7 @@ def own_environment(
                 raise
         else:
             log.write(b"the environment of these requirements is there already")
+    caches.keep_bounds(settings)
     packages = folder / "packages"
     return Environment(packages / "bin" / "python", packages, (folder / LOCK).read_text())
 

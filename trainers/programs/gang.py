@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from trainers.attempt.cluster_work import connect
 from trainers.attempt.context import Attempt
 from trainers.attempt.publication import publish
 from trainers.attempt.report_writer import ReportWriter, report_writer
@@ -32,7 +33,7 @@ def run_custom(attempt: Attempt, job: CustomJob) -> Result:
     from ray.exceptions import RayError
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    ray.init(logging_level=logging.WARNING)
+    connect()
     if image_references.RESOURCE in job.resources:
         image_references.check_cluster(ray.cluster_resources(), model=job.model)
     group = placement_group([dict(job.resources) for _ in range(job.cards)], strategy="PACK")

@@ -32,8 +32,9 @@ from trainers.programs.networks import OwnNetwork
 from trainers.programs.program import Launch, Program
 from trainers.programs.program_log import ProgramLog
 from trainers.programs.sandbox import Room
-from tunesmith import processes
+from tunesmith import caches, processes
 from tunesmith.assets.image_references import RESOURCE, parse_image
+from tunesmith.assets.sources import check_path
 from tunesmith.errors import SpecError
 from tunesmith.settings import Settings
 
@@ -96,6 +97,7 @@ def fetch_image(
     """
     podman = find_podman(settings)
     folder = _store(settings)
+    caches.hold(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     source = _source(url, model, settings)
     with locked(folder / "lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -114,6 +116,7 @@ def fetch_image(
                 code="image_failed",
             )
         (found,) = json.loads(said.read_bytes())
+    caches.keep_bounds(settings)
     return Image(url, id=found["Id"], digest=found["Digest"])
 
 
@@ -396,11 +399,12 @@ def _source(url: str, model: Path, settings: Settings) -> str:
     if not reference.is_archive:
         return f"docker://{reference.name}"
     path = Path(os.path.realpath(model / reference.name))
-    roots = [model] if reference.is_in_model else [Path(root) for root in settings.import_roots.split(":") if root]
-    if not any(path.is_relative_to(os.path.realpath(root)) for root in roots):
+    if not reference.is_in_model:
+        check_path(str(path), settings, what=f"the image {url}")
+    elif not path.is_relative_to(model.resolve()):
         raise SpecError(
-            f"the image {url} must lie below {' or '.join(map(str, roots))}",
-            hint="TUNESMITH_IMPORT_ROOTS names the folders that files are taken from",
+            f"the image {url} must lie below {model}, among the model's files",
+            hint="put the archive among the model's files",
             code="source_not_allowed",
         )
     if not path.is_file():

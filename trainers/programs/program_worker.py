@@ -32,6 +32,7 @@ from trainers.programs.program_log import ProgramLog
 from trainers.programs.program_output import output_kept, restore_output
 from trainers.programs.program_task import ProgramTask
 from trainers.programs.usage import Limits, Usage
+from tunesmith import caches
 from tunesmith.assets.gallery import TRAIN
 from tunesmith.clock import utc_text
 from tunesmith.errors import LeaseLostError, OutOfMemoryError, SpecError, StorageError, TunesmithError, UnavailableError
@@ -110,6 +111,7 @@ class _Run:
         for left in self._folder.parent.glob(f"{self._job.id}-a*-{self._worker.rank}"):
             images.remove_cgroups(left / CONTAINER)
             outputs.remove(left)
+        caches.hold(self._folder)
         for name in ("output", "metrics", "tmp"):
             (self._folder / name).mkdir(mode=0o700, parents=True)
         base = fetch(self._storage, "model", self._job.model, self._settings)

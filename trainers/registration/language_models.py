@@ -11,8 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from trainers.registration.model_check import LanguageModel, Refusal, Verdict
-from tunesmith.assets.model_folder import LANGUAGE_MODEL_FILES
+from trainers.registration.model_check import LanguageModel, Refusal, Verdict, check_names
 from tunesmith.errors import ModelError
 
 
@@ -28,7 +27,7 @@ def main(folder: Path) -> None:
 def _judge(folder: Path) -> Verdict:
     try:
         _convert_gguf(folder)
-        _check_files(folder)
+        check_names([path.name for path in folder.iterdir()])
         return Verdict(model=_load(folder))
     except ModelError as error:
         return Verdict(refusal=Refusal(**error.as_dict()))
@@ -41,18 +40,6 @@ def _judge(folder: Path) -> Verdict:
                 message=f"the model does not load: {first}", fields=["source"], hint=hint, code=ModelError.code
             )
         )
-
-
-def _check_files(folder: Path) -> None:
-    for name in LANGUAGE_MODEL_FILES:
-        if not (folder / name).exists():
-            there = ", ".join(sorted(p.name for p in folder.iterdir()))
-            raise ModelError(
-                f"the model has no {name}; it has {there}",
-                fields=["source"],
-                hint="a causal language model has config.json, tokenizer.json and *.safetensors, or is one GGUF file; "
-                "a model with training of its own has another task type",
-            )
 
 
 def _load(folder: Path) -> LanguageModel:

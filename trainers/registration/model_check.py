@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,28 @@ class Verdict(Frozen):
     refusal: Refusal | None = None
 
 
+def may_be_language_model(folder: Path) -> bool:
+    """Whether the folder has the files that every causal language model has."""
+    return any(folder.glob("*.safetensors")) and all((folder / name).is_file() for name in LANGUAGE_MODEL_FILES)
+
+
+def check_names(names: Collection[str]) -> None:
+    """ModelError where files of these names are no causal language model: a GGUF file alone, or what goes together."""
+    if any(name.endswith(".gguf") for name in names) and not any(name.endswith(".safetensors") for name in names):
+        return
+    for name in LANGUAGE_MODEL_FILES:
+        if name not in names:
+            raise ModelError(
+                f"the model has no {name}; it has {', '.join(sorted(names)[:20])}",
+                fields=["source"],
+                hint="a causal language model has config.json, tokenizer.json and *.safetensors, or is one GGUF file; "
+                "a model with training of its own has another task type",
+            )
+
+
 def look_for_language_model(folder: Path) -> tuple[dict[str, Any], bool]:
     """What the files in `folder` are, and whether they are a causal language model at all."""
-    has_weights = any(folder.glob("*.safetensors"))
-    if not has_weights or not all((folder / name).is_file() for name in LANGUAGE_MODEL_FILES):
+    if not may_be_language_model(folder):
         return {}, False
     try:
         return check_language_model(folder), True

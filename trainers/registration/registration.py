@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from trainers.attempt.cluster_work import Needs, run_on_cluster
 from trainers.attempt.context import Attempt
 from trainers.attempt.publication import Upload, publish
-from trainers.registration.model_check import check_language_model, look_for_language_model
-from trainers.registration.sources import copy_source
+from trainers.attempt.stop_watch import StoppedError, stopped
+from trainers.registration.model_check import (
+    check_language_model,
+    check_names,
+    look_for_language_model,
+    may_be_language_model,
+)
+from trainers.registration.sources import Bounds, copy_files, opened_source
+from tunesmith import caches
 from tunesmith.assets.catalog import Description, Table
 from tunesmith.assets.model_folder import read_model_folder
 from tunesmith.assets.tables import FORMATS, data_format, describe
@@ -19,22 +30,43 @@ from tunesmith.errors import DataError
 from tunesmith.jobs.attempts import Result
 from tunesmith.jobs.spec import RegisterJob
 
-MAX_FILE_BYTES = 5 << 30
-MAX_DATASET_BYTES = 50 << 30
+BOUNDS = {
+    "dataset": Bounds(files=100_000, file_bytes=5 << 30, total_bytes=50 << 30),
+    "model": Bounds(files=100_000, file_bytes=500 << 30, total_bytes=2000 << 30),
+}
+FIRST_BYTES = 16 << 20
+"""Files of a model up to this size are copied first: what they say decides whether the rest is."""
+_LOADING_BYTES = 2 << 30
+"""What the check of a model takes beside the weights."""
+_LOADED_PER_BYTE = {".safetensors": 1.2, ".gguf": 18.0}
+"""What a byte of a weights' file takes in memory; 4 bits become 32, and are held twice while they are written."""
 
 logger = logging.getLogger(__name__)
 
 
 def run_registration(attempt: Attempt, job: RegisterJob) -> Result:
     """Copy, check and publish. Raises SpecError, DataError or ModelError that says what is wrong with the source."""
+    try:
+        return _register(attempt, job)
+    except StoppedError as stop:
+        return stopped(stop.args[0], " before anything was published")
+
+
+def _register(attempt: Attempt, job: RegisterJob) -> Result:
     attempt.events.write(phase="fetch")
     scratch = attempt.settings.home / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as name:
+    with tempfile.TemporaryDirectory(dir=scratch) as name, caches.held(Path(name)):
         folder = Path(name) / "files"
-        copy_source(job.source, folder, attempt)
+        listen = attempt.stop.check
+        with opened_source(job.source, attempt.settings, BOUNDS[job.asset], listen) as source:
+            if job.asset == "model":
+                small = [path for path, size in source.sizes.items() if size <= FIRST_BYTES]
+                copy_files(source, small, folder, listen)
+                _check_names(source.sizes, folder, job)
+            copy_files(source, [path for path in source.sizes if not (folder / path).exists()], folder, listen)
         attempt.events.write(phase="audit")
-        about = _check_dataset(folder) if job.asset == "dataset" else _check_model(folder, job)
+        about = _check_dataset(folder, listen) if job.asset == "dataset" else _check_model(folder, attempt, job, listen)
         attempt.events.write(state="running", phase="publish")
         attempt.events.flush()
         upload = Upload(attempt.storage, job, attempt.number)
@@ -46,18 +78,10 @@ def run_registration(attempt: Attempt, job: RegisterJob) -> Result:
     return Result(outcome="completed", message=message, time=utc_text())
 
 
-def _check_dataset(folder: Path) -> Description:
+def _check_dataset(folder: Path, listen: Callable[[], None]) -> Description:
     tables: dict[str, Table] = {}
-    total = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        total += size
-        if size > MAX_FILE_BYTES or total > MAX_DATASET_BYTES:
-            raise DataError(
-                f"{path.name} has {size} bytes, the files so far {total}; allowed are 5 GB a file and 50 GB a dataset",
-                hint="split the file, or leave rows out",
-                code="too_large",
-            )
+        listen()
         if data_format(path) is not None:
             tables[path.relative_to(folder).as_posix()] = describe(path)
     if not tables:
@@ -71,15 +95,31 @@ def _check_dataset(folder: Path) -> Description:
     return Description(tables=tables)
 
 
-def _check_model(folder: Path, job: RegisterJob) -> Description:
+def _check_names(sizes: Mapping[str, int], folder: Path, job: RegisterJob) -> None:
+    """Refuse a model by what its small files and the names of the others say, before the others are copied."""
     found = read_model_folder(folder, task_type=job.task_type)
     in_image = found.gallery is not None and found.gallery.image_url is not None
     if found.task_type in TEXT_TYPES and not in_image:
-        details, language_model = check_language_model(folder), True
-    else:
-        # The text types are among a custom model's only where it is trainable at all, and outside of an image.
-        worth_it = found.gallery is not None and not found.gallery.problems and not in_image
-        details, language_model = look_for_language_model(folder) if worth_it else ({}, False)
+        check_names([path for path in sizes if "/" not in path])
+
+
+def _check_model(folder: Path, attempt: Attempt, job: RegisterJob, listen: Callable[[], None]) -> Description:
+    found = read_model_folder(folder, task_type=job.task_type)
+    in_image = found.gallery is not None and found.gallery.image_url is not None
+    is_text = found.task_type in TEXT_TYPES and not in_image
+    # The text types are among a custom model's only where it is trainable at all, and outside of an image.
+    worth_it = found.gallery is not None and not found.gallery.problems and not in_image
+    details, language_model = dict[str, Any](), False
+    if is_text or (worth_it and may_be_language_model(folder)):
+        weights = [path for path in folder.iterdir() if path.suffix in _LOADED_PER_BYTE]
+        memory_bytes = _LOADING_BYTES + sum(int(p.stat().st_size * _LOADED_PER_BYTE[p.suffix]) for p in weights)
+        details, language_model = run_on_cluster(
+            partial(_look, folder, is_text),
+            name="the check of the model",
+            needs=Needs(memory_bytes=memory_bytes, on_this_node=True),
+            events=attempt.events,
+            listen=listen,
+        )
     if not (folder / "README.md").exists():
         (folder / "README.md").write_text(f"---\ntask_type: {found.task_type}\n---\n\n# {job.name}\n")
     return Description(
@@ -90,3 +130,7 @@ def _check_model(folder: Path, job: RegisterJob) -> Description:
         gallery=found.gallery,
         language_model=language_model,
     )
+
+
+def _look(folder: Path, must_be: bool, tell: Callable[[Any], None]) -> tuple[dict[str, Any], bool]:
+    return (check_language_model(folder), True) if must_be else look_for_language_model(folder)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from trainers.text.shards import Batch, Shard, ShardWriter, TokenizedRows
+from tunesmith import caches
 from tunesmith.errors import NotFoundError, StorageError
 from tunesmith.frozen import Frozen
 from tunesmith.jobs.audit_report import AuditCounts
@@ -52,9 +53,13 @@ class TokenCache:
         self._key = key
         self._folder = layout.tokenized(key)
         self._manifest_key = f"{self._folder}/manifest.json"
+        self.has_added = False
+        """Whether anything was added to this node's disk."""
 
     def rows(self, batches: Iterable[Batch]) -> TokenizedRows:
         """What is there, else what `batches` make. One at a time on a node: who comes meanwhile takes what was made."""
+        if (local := self._storage.local_path(self._folder)) is not None:
+            caches.hold(local)
         with _alone(self._node / f"{self._key}.lock") as node:
             for path in self._node.glob(f"{self._key}-*.partial"):
                 shutil.rmtree(path, ignore_errors=True)  # of a killed builder: here nobody else is at work
@@ -87,6 +92,7 @@ class TokenCache:
 
     def _copy(self, manifest: CacheManifest, prefix: str) -> Path:
         place = self._place(manifest.builder)
+        caches.hold(place)
         try:
             _check_whole(place, manifest)
         except (OSError, ValueError):
@@ -95,10 +101,12 @@ class TokenCache:
                 self._storage.download_file(f"{prefix}/{shard.name}", partial / shard.name)
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
+            self.has_added = True
         return place
 
     def _build(self, batches: Iterable[Batch], node: str | None) -> CacheManifest:
         """Write the shards and then the manifest; the manifest that stands, be it another builder's."""
+        self.has_added = True
         began = int(time.time())
         builder = f"{node or secrets.token_hex(4)}-{began:012d}-{secrets.token_hex(4)}"
         prefix = f"{self._folder}/{builder}"

@@ -21,6 +21,7 @@ from typing import Any
 from trainers.text.encoding_processes import EncodingConfig, EncodingTask, encode_here, encode_in_processes
 from trainers.text.shards import Batch, TokenizedRows
 from trainers.text.token_cache import TokenCache
+from tunesmith import caches
 from tunesmith.assets.stored_files import hash_file
 from tunesmith.assets.tables import Block, Row, describe, place, read_blocks, read_rows
 from tunesmith.errors import DataError
@@ -98,6 +99,8 @@ def tokenized(
     cache = TokenCache(storage, settings.home / "cache" / "tokenized", key)
     with closing(encoded):
         rows = cache.rows(_checked(_told(encoded, progress, total)))
+    if cache.has_added:
+        caches.keep_bounds(settings)
     if progress is not None:
         progress(rows.report.read, rows.report.read)
     return rows

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trainers.attempt.cluster_work import Needs, run_on_cluster
 from trainers.attempt.context import Attempt
 from trainers.attempt.fetch import Fetched, fetch
 from trainers.text.audit import CHECKED_ROWS, audit, refuse
 from trainers.text.shards import TokenizedRows
-from trainers.text.tokenization import DataFile, Progress, first_examples, tokenized
+from trainers.text.tokenization import PARALLEL_BYTES, DataFile, Progress, first_examples, tokenized
+from tunesmith.assets.catalog import get_manifest
+from tunesmith.jobs.audit_report import AuditReport
 from tunesmith.jobs.drafting import training_files
 from tunesmith.jobs.spec import TextJob
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
+from tunesmith.storage.urls import open_patiently
+
+_MEMORY_BYTES, _PROCESS_BYTES = 1 << 30, 512 << 20
+"""What tokenising takes: at all, and for each process that encodes."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +57,7 @@ def load_data(
     storage: Storage,
     settings: Settings,
     *,
+    processes: int | None = None,
     progress: Progress | None = None,
 ) -> Data:
     """The job's rows out of the cache of tokenised data, which is filled where they are not there."""
@@ -63,7 +73,7 @@ def load_data(
         "settings": settings,
     }
     files = data_files(dataset, training_files(dataset.manifest.tables, h))
-    rows = tokenized(files, tokenizer, **options, progress=progress)
+    rows = tokenized(files, tokenizer, **options, processes=processes, progress=progress)
     if h.test_data_file is None:
         return Data(tokenizer, files, rows, [], None)
     eval_files = data_files(dataset, [h.test_data_file])
@@ -74,28 +84,62 @@ def load_data(
 def prepare(attempt: Attempt, job: TextJob) -> None:
     """Fill the cache, with progress as events, and audit what will be trained; the report is kept with the job.
 
-    DataError where there is nothing to train on, or where the audit refuses it. StoppedError where the job is to stop
-    meanwhile.
+    It is done on the cluster, in the job's own place. DataError where there is nothing to train on, or where the audit
+    refuses it. StoppedError where the job is to stop meanwhile.
     """
-    storage, told = attempt.storage, 0
+    rows_told = 0
 
-    def progress(read: int, total: int | None) -> None:
-        nonlocal told
-        # Once all are read, the workers stop the job at a step's border, with a checkpoint.
-        if read != total:
-            attempt.stop.check()
-        if read != told:
-            share = f"{read:,} rows" if total is None else f"{read:,} of {total:,} rows"
-            attempt.events.write(f"{share} tokenised", rows_read=read, rows_total=total)
-            told = read
+    def told(item: str | Read) -> None:
+        nonlocal rows_told
+        if isinstance(item, str):
+            attempt.events.write(phase=item)
+        elif item.rows != rows_told:
+            rows_told = item.rows
+            share = f"{item.rows:,} rows" if item.total is None else f"{item.rows:,} of {item.total:,} rows"
+            attempt.events.write(f"{share} tokenised", rows_read=item.rows, rows_total=item.total)
 
-    attempt.events.write(phase="fetch")
-    base = fetch(storage, "model", job.model, attempt.settings)
-    dataset = fetch(storage, "dataset", job.dataset, attempt.settings)
-    attempt.events.write(phase="tokenize")
-    data = load_data(job, base.folder, dataset, storage, attempt.settings, progress=progress)
-    attempt.events.write(phase="audit")
-    report = audit(
+    needs = _needs(attempt.storage, job)
+    report = run_on_cluster(
+        partial(_prepare, job, attempt.storage.url, attempt.settings, needs.cpus),
+        name="tokenising",
+        needs=needs,
+        events=attempt.events,
+        listen=attempt.stop.check,
+        told=told,
+    )
+    attempt.storage.put(layout.audit(job.id, attempt.number), report.model_dump_json(indent=2).encode())
+    for finding in report.findings:
+        logger.warning("%s: audit: %s", job.id, finding.message)
+    refuse(report)
+
+
+@dataclass(frozen=True)
+class Read:
+    """How many rows are tokenised."""
+
+    rows: int
+    total: int | None
+
+
+def _prepare(job: TextJob, root: str, settings: Settings, cpus: int, tell: Callable[[str | Read], None]) -> AuditReport:
+    """Fill the cache and audit; tells phases and progress. The tokens are in storage at its end."""
+    storage = open_patiently(root, settings)
+    tell("fetch")
+    base = fetch(storage, "model", job.model, settings)
+    dataset = fetch(storage, "dataset", job.dataset, settings)
+    tell("tokenize")
+    processes = min(cpus, len(os.sched_getaffinity(0)))
+    data = load_data(
+        job,
+        base.folder,
+        dataset,
+        storage,
+        settings,
+        processes=processes,
+        progress=lambda rows, total: tell(Read(rows, total)),
+    )
+    tell("audit")
+    return audit(
         data.rows,
         first_examples(data.files, job.hyperparameters, job.training_type, CHECKED_ROWS),
         data.tokenizer,
@@ -104,7 +148,11 @@ def prepare(attempt: Attempt, job: TextJob) -> None:
         model=job.model,
         dataset=job.dataset,
     )
-    storage.put(layout.audit(job.id, attempt.number), report.model_dump_json(indent=2).encode())
-    for finding in report.findings:
-        logger.warning("%s: audit: %s", job.id, finding.message)
-    refuse(report)
+
+
+def _needs(storage: Storage, job: TextJob) -> Needs:
+    """One CPU; for files that are encoded by several processes, as many as the job's own workers are going to have."""
+    files = get_manifest(storage, "dataset", job.dataset).files
+    own = job.cards * int(job.resources.get("CPU", 1))
+    cpus = max(1, own) if sum(file.size_bytes for file in files) >= PARALLEL_BYTES else 1
+    return Needs(cpus=cpus, memory_bytes=_MEMORY_BYTES + cpus * _PROCESS_BYTES)

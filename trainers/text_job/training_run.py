@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from trainers.attempt.cluster_work import connect
 from trainers.attempt.context import Attempt
 from trainers.attempt.publication import NewFiles, publish
 from trainers.attempt.report_writer import ReportWriter, report_writer
 from trainers.attempt.stop_watch import StoppedError, stopped
 from trainers.recipe.memory import is_out_of_memory
+from tunesmith import caches
 from tunesmith.assets import catalog
 from tunesmith.assets.catalog import Description
 from tunesmith.clock import utc_text
@@ -33,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 def run_training(attempt: Attempt, job: TextJob) -> Result:
     """Train, publish the new model, and say how it went. Raises what ended the run."""
-    import ray
-
     from trainers.text_job.job_data import prepare
 
     # Before any worker is taken: an accelerator does not wait for rows, and a refusal costs none.
@@ -44,7 +44,7 @@ def run_training(attempt: Attempt, job: TextJob) -> Result:
         return _stopped(stop.args[0], {"steps": 0})
     from trainers.text_job.report_socket import ReportSocket
 
-    ray.init(logging_level=logging.WARNING)
+    connect()
     with (
         report_writer(attempt, stored=lambda step: _tell_stored(attempt, step)) as reports,
         ReportSocket(reports) as socket,
@@ -125,7 +125,8 @@ def _fit(attempt: Attempt, job: TextJob, callback: Any) -> None:
         ),
     )
     try:
-        trainer.fit()
+        with caches.held(folder / name):
+            trainer.fit()
     except WorkerGroupError as error:
         raise _hang(name, job.cards, attempt.settings.hang_timeout_s) or _cause(error.worker_failures) from error
     except TrainingFailedError as error:

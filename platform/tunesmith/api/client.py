@@ -44,8 +44,8 @@ class Client:
     and hint; UnavailableError is raised where it does not answer.
 
     Every call may be repeated without harm, because what creates something carries an idempotency key. So a call that
-    gets no answer, or 502, 503 or 504, is tried again with growing pauses until `retry_s` seconds have passed; a door
-    that has never answered is given up after `first_retry_s`. A context manager.
+    gets no answer, 502, 503 or 504, or a 404 that is not the door's own, is tried again with growing pauses until
+    `retry_s` seconds have passed; a door that has never answered is given up after `first_retry_s`. A context manager.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class Client:
         pause_s = 0.1
         while True:
             response, failure = self._try(method, path, **request)
-            if response is not None and response.status_code not in _AGAIN:
+            if response is not None and response.status_code not in _AGAIN and not _is_proxys(response):
                 self._answered = True
                 if response.is_success:
                     return response
@@ -243,6 +243,17 @@ class Client:
             error = kind(given.message, fields=given.fields, hint=given.hint, code=given.code)
         error.status = status
         return error
+
+
+def _is_proxys(response: httpx.Response) -> bool:
+    """Whether a 404 is not the door's: Serve's proxy knows no route before the door has told it of its own."""
+    if response.status_code != 404:
+        return False
+    try:
+        ErrorBody.model_validate_json(response.content)
+    except ValidationError:
+        return True
+    return False
 
 
 def read_on(read: Callable[[str | None], Page[T]], after: str | None = None) -> tuple[list[T], str | None]:

@@ -11,24 +11,39 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import httpx
 import psutil
 
-from tunesmith import processes, taken_down
+from tunesmith import caches, processes, taken_down
 from tunesmith.clock import utc_text
 from tunesmith.errors import ConflictError, SpecError, UnavailableError
 from tunesmith.frozen import Tolerant
 from tunesmith.local import ports
 from tunesmith.settings import Settings
+
+HEAL_S = 20.0
+"""How long `up` waits for a platform that runs to become whole by itself."""
+RAY_PARTS = (
+    "/gcs_server ",
+    "/raylet ",
+    "/dashboard.py ",
+    "ray-dashboard-JobHead",
+    "ray-dashboard-NodeHead",
+    "ray-dashboard-ServeHead",
+    "ray::DashboardAgent",
+    "ray::RuntimeEnvAgent",
+    "/log_monitor.py ",
+)
+"""What the command lines of Ray's processes hold on a node that is whole."""
 
 
 class Platform(Tolerant):
@@ -43,6 +58,8 @@ class Platform(Tolerant):
     temp_dir: str
     settings: dict[str, str]
     started_at: str
+    num_cpus: int | None = None
+    object_store_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,30 +81,69 @@ def up(
     door: bool = True,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Started:
-    """Start Ray and the front door, or whichever of them is missing; return when both answer.
+    """Start Ray and the front door, or whichever of them is missing; return when both are whole.
+
+    What a killed process leaves is healed: where Ray is not whole and does not become so by itself, all of the platform
+    is ended and started anew; jobs then go on from their last checkpoint.
 
     `object_store_memory` in bytes; None leaves it and `num_cpus` to Ray. `door=False` starts Ray alone. Raises
     UnavailableError with the last lines of the log when one does not come up (then what this call started is ended
     again), SpecError for a port in use, ConflictError when it runs with other settings.
     """
-    with _locked(settings), ExitStack() as undo:
+    with _locked(settings):
         platform = running(settings)
-        fresh = platform is None
-        if platform is None:
-            _end_leftovers(settings)
-            _check_ports(settings, door=door)
-            prepare(settings)
-            on_step("starting Ray")
-            platform = _start_ray(settings, num_cpus, object_store_memory)
-            undo.callback(_end, settings, platform)
-            _wait_for_ray(settings, platform)
-        _check_settings(settings, platform)
-        missing = door and not door_answers(settings)
-        if missing:
+        if platform is not None:
+            _check_settings(settings, platform)
+            if healed := _heal(settings, platform, door=door, on_step=on_step):
+                return healed
+            on_step("it is not whole: ending what is left of it")
+            # The jobs that still run are ended on purpose, and count against no job.
+            taken_down.note(settings, platform.mark)
+            num_cpus = num_cpus or platform.num_cpus
+            object_store_memory = object_store_memory or platform.object_store_memory
+        return _start(settings, num_cpus, object_store_memory, door=door, on_step=on_step)
+
+
+def _heal(settings: Settings, platform: Platform, *, door: bool, on_step: Callable[[str], None]) -> Started | None:
+    """Start what is missing of a platform that runs; None where it must be ended and started anew."""
+    if not _until(lambda: is_ray_whole(settings, platform), limit_s=HEAL_S):
+        return None
+    if not door:
+        return Started(platform, ray=False, door=False)
+    # Serve itself starts a replica or a proxy again that was killed.
+    if _until(lambda: is_door_whole(settings), limit_s=HEAL_S if _has_serve(platform) else 0):
+        return Started(platform, ray=False, door=False)
+    on_step("starting the front door")
+    try:
+        _start_door(settings, platform)
+    except UnavailableError:
+        return None
+    return Started(platform, ray=False, door=True)
+
+
+def _start(
+    settings: Settings,
+    num_cpus: int | None,
+    object_store_memory: int | None,
+    *,
+    door: bool,
+    on_step: Callable[[str], None],
+) -> Started:
+    """Start a platform, after the end of what is left of an earlier one."""
+    with ExitStack() as undo:
+        _end_leftovers(settings)
+        _check_ports(settings, door=door)
+        prepare(settings)
+        on_step("starting Ray")
+        platform = _start_ray(settings, num_cpus, object_store_memory)
+        undo.callback(_end, settings, platform)
+        _wait_for_ray(settings, platform)
+        _check_ray_folder(settings)
+        if door:
             on_step("starting the front door")
             _start_door(settings, platform)
         undo.pop_all()
-        return Started(platform, ray=fresh, door=missing)
+        return Started(platform, ray=True, door=door)
 
 
 def down(settings: Settings) -> int:
@@ -124,6 +180,47 @@ def door_answers(settings: Settings) -> bool:
     return _answers(f"{settings.door_url}/v1/flavors", settings.api_token_path) is not None
 
 
+def is_door_whole(settings: Settings) -> bool:
+    """Whether the door answers, and Serve says that the door and the reconciler run."""
+    if not door_answers(settings):
+        return False
+    answer = _answers(f"{settings.ray_jobs_url}/api/serve/applications/", settings.ray_token_path)
+    if answer is None:
+        return False
+    states = [application.get("status") for application in answer.json().get("applications", {}).values()]
+    return len(states) >= 2 and set(states) == {"RUNNING"}
+
+
+def is_ray_whole(settings: Settings, platform: Platform) -> bool:
+    """Whether every process lives that Ray needs, its node is registered, and it takes jobs."""
+    said = "\n".join(_command(process) for process in processes_of(platform))
+    if not all(part in said for part in RAY_PARTS):
+        return False
+    nodes = _answers(f"{settings.ray_jobs_url}/api/v0/nodes", settings.ray_token_path)
+    jobs = _answers(f"{settings.ray_jobs_url}/api/jobs/", settings.ray_token_path)
+    return nodes is not None and "ALIVE" in nodes.text and jobs is not None
+
+
+def _has_serve(platform: Platform) -> bool:
+    return any("ray::ServeController" in _command(process) for process in processes_of(platform))
+
+
+def _command(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def _until(condition: Callable[[], bool], *, limit_s: float) -> bool:
+    """Ask until the condition holds, at least once; whether it does within `limit_s` seconds."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
 def prepare(settings: Settings) -> None:
     """Make what a platform needs before its first start: home, tokens, the record store's schema. Again: no change.
 
@@ -141,6 +238,7 @@ def prepare(settings: Settings) -> None:
                 out.write(secrets.token_hex(32))
     RecordStore(settings.database_url).migrate()
     open_storage(settings.storage_url, settings).children("jobs")
+    caches.keep_bounds(settings)
 
 
 def token_environment(settings: Settings) -> dict[str, str]:
@@ -155,7 +253,7 @@ def ray_environment(settings: Settings) -> dict[str, str]:
 
 
 def _start_ray(settings: Settings, num_cpus: int | None, object_store_memory: int | None) -> Platform:
-    temp_dir = _make_temp_dir(settings)
+    temp_dir = _make_ray_folder(settings)
     mark = secrets.token_hex(16)
     client_port, monitor_port, dashboard_port = ports.free(3)
     environment = _environment(settings, mark) | {
@@ -193,6 +291,8 @@ def _start_ray(settings: Settings, num_cpus: int | None, object_store_memory: in
         temp_dir=str(temp_dir),
         settings=settings.to_env(),
         started_at=utc_text(),
+        num_cpus=num_cpus,
+        object_store_memory=object_store_memory,
     )
     _write(settings, platform)
     return platform
@@ -266,15 +366,29 @@ def _environment(settings: Settings, mark: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _make_temp_dir(settings: Settings) -> Path:
-    """Ray's own folder, at a short path of this home's own: a Unix socket's path has at most 107 characters."""
-    if len(settings.ray_temp_dir) > 30:
-        raise SpecError(f"TUNESMITH_RAY_TEMP_DIR has at most 30 characters, got {settings.ray_temp_dir!r}")
-    path = Path(settings.ray_temp_dir) / f"ts-{sha256(str(settings.home).encode()).hexdigest()[:8]}"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.is_symlink() or path.stat().st_uid != os.getuid():
-        raise SpecError(f"{path} belongs to somebody else", hint="choose another folder by TUNESMITH_RAY_TEMP_DIR")
-    return path
+def _make_ray_folder(settings: Settings) -> Path:
+    """Ray's own folder, below one that nobody else may enter: Ray lets everybody read and write in its own.
+
+    At a short path of this home's own, because a Unix socket's path has at most 107 characters.
+    """
+    if len(settings.ray_temp_dir) > 28:
+        raise SpecError(f"TUNESMITH_RAY_TEMP_DIR has at most 28 characters, got {settings.ray_temp_dir!r}")
+    settings.ray_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if settings.ray_folder.lstat().st_uid == os.getuid() and not settings.ray_folder.is_symlink():
+        settings.ray_folder.chmod(0o700)
+    _check_ray_folder(settings)
+    return settings.ray_folder / "r"
+
+
+def _check_ray_folder(settings: Settings) -> None:
+    """SpecError where somebody else could read or write what Ray keeps."""
+    status = settings.ray_folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise SpecError(
+            f"{settings.ray_folder} belongs to somebody else, or is open to others",
+            hint="choose another folder by TUNESMITH_RAY_TEMP_DIR",
+            code="ray_folder_open",
+        )
 
 
 def _check_ports(settings: Settings, *, door: bool) -> None:
@@ -316,6 +430,8 @@ def _end(settings: Settings, platform: Platform) -> int:
     if left:
         raise UnavailableError(f"processes that could not be ended: {', '.join(str(process.pid) for process in left)}")
     shutil.rmtree(platform.temp_dir, ignore_errors=True)
+    with suppress(OSError):
+        Path(platform.temp_dir).parent.rmdir()
     _state_file(settings).unlink(missing_ok=True)
     return len(ended)
 

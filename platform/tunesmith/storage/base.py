@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.errors import DataError, NotFoundError, SpecError
+from tunesmith.errors import STORAGE_FULL, DataError, NotFoundError, SpecError, StorageError
 
 PARTIAL = ".partial-"
 """The prefix of files that are still being written; no listing shows them."""
@@ -108,6 +108,15 @@ def _checked(key: str) -> str:
 
 def _escape(key: str) -> SpecError:
     return SpecError(f"a key is a relative path without empty parts, '.' and '..', got {key!r}", code="invalid_key")
+
+
+def full(key: str, url: str) -> StorageError:
+    """The error of a storage that has no room left."""
+    return StorageError(
+        f"{key} could not be written to {url}: the storage is full",
+        hint="delete jobs, models or datasets that are not needed any more, or make room on the disk",
+        code=STORAGE_FULL,
+    )
 
 
 def _missing(key: str) -> NotFoundError:

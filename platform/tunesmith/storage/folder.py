@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -10,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tunesmith.errors import StorageError
-from tunesmith.storage.base import PARTIAL, Entry, Storage, _checked, _escape, _missing
+from tunesmith.storage.base import PARTIAL, Entry, Storage, _checked, _escape, _missing, full
 
 
 class FolderStorage(Storage):
@@ -109,6 +110,8 @@ class FolderStorage(Storage):
             yield partial
             _sync(place.parent)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise full(key, self.url) from error
             raise StorageError(f"{key} could not be written to {self.url}: {error.strerror or error}") from error
         finally:
             partial.unlink(missing_ok=True)

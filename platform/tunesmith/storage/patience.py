@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from tunesmith.errors import StorageError
+from tunesmith.errors import STORAGE_FULL, StorageError
 from tunesmith.storage.base import Entry, Storage
 
 LONGEST_PAUSE_S = 15.0
 """Pauses between two tries grow from one second to this."""
+
+FULL_PATIENCE_S = 60.0
+"""How long a storage without room is waited for: it seldom gets some by itself."""
 
 T = TypeVar("T")
 
@@ -23,8 +26,9 @@ logger = logging.getLogger(__name__)
 class PatientStorage(Storage):
     """Another storage, whose calls are tried again after a StorageError, with growing pauses.
 
-    An outage is given up once it has lasted `patience_s` seconds: then the StorageError is raised, and every later call
-    tries once, until one goes through. Thread-safe; the threads of a process share what they know of an outage.
+    An outage is given up once it has lasted `patience_s` seconds, a full storage after FULL_PATIENCE_S at most: then
+    the StorageError is raised, and every later call tries once, until one goes through. Thread-safe; the threads of a
+    process share what they know of an outage.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class PatientStorage(Storage):
             try:
                 result = call()
             except StorageError as error:
-                if not self._is_worth_waiting(pause_s):
+                if not self._is_worth_waiting(pause_s, is_full=error.code == STORAGE_FULL):
                     raise
                 logger.warning("tried again in %.0f s: %s", pause_s, error.message)
             else:
@@ -100,9 +104,10 @@ class PatientStorage(Storage):
             self._pause(pause_s)
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
 
-    def _is_worth_waiting(self, pause_s: float) -> bool:
+    def _is_worth_waiting(self, pause_s: float, *, is_full: bool) -> bool:
+        patience_s = min(self._patience_s, FULL_PATIENCE_S) if is_full else self._patience_s
         with self._lock:
             now = self._clock()
             if self._away_since is None:
                 self._away_since = now
-            return now + pause_s - self._away_since <= self._patience_s
+            return now + pause_s - self._away_since <= patience_s

@@ -12,9 +12,11 @@ from typing import Any
 
 from tunesmith.errors import NotFoundError, SpecError, StorageError
 from tunesmith.settings import Settings
-from tunesmith.storage.base import Entry, Storage, _checked, _missing
+from tunesmith.storage.base import Entry, Storage, _checked, _missing, full
 from tunesmith.storage.folder import _make_folder
 
+_FULL = frozenset({"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage"})
+"""What services answer that have no room left."""
 ONE_REQUEST_BYTES = 32 << 20
 """Files up to this size go to S3 in one request: boto3 needs several times the processor time for parts."""
 
@@ -173,6 +175,8 @@ class S3Storage(Storage):
             code = error.response.get("Error", {}).get("Code", "")
             if code in ("404", "NoSuchKey", "NotFound"):
                 raise _missing(key) from error
+            if code in _FULL or _status(error) == 507:
+                raise full(key, self.url) from error
             raise StorageError(f"{self.url} refused {key!r}: {code} {error}") from error
         except (BotoCoreError, Boto3Error) as error:
             raise StorageError(f"{self.url} does not answer for {key!r}: {error}") from error
