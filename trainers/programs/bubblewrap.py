@@ -1,4 +1,4 @@
-"""The bubblewrap of this node."""
+"""Finds the bubblewrap of this node, the program that isolates users' programs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ NAMESPACES = (
     "--cap-drop",
     "ALL",
 )
-"""Options that keep a program apart from the node, but for its files and its network."""
+"""Options that isolate a program from the node, except for its files and its network."""
 
 
 class IsolationError(TunesmithError):
-    """A user's program cannot be kept apart here, and the operator has not said that it need not be."""
+    """A user's program cannot be isolated here, and the operator has not allowed it to run without isolation."""
 
     code = "no_isolation"
     status = 503
@@ -31,7 +31,7 @@ class IsolationError(TunesmithError):
 
 @cache
 def find_bubblewrap() -> str:
-    """The bubblewrap that works on this node: the system's, else the one that came with the platform."""
+    """The path of a bubblewrap that works on this node: the system's, or the one that came with the platform."""
     said = []
     # The system's first: some systems let only that one make namespaces.
     for path in (shutil.which("bwrap"), _bundled()):

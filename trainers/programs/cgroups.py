@@ -1,4 +1,4 @@
-"""A control group of a program's own, where this process may make one: the system itself then limits its processes."""
+"""A control group for each program, where this process may make one: the system then limits the program's processes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOTS = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
-"""Where groups are made, in version 1 and 2."""
+"""The folders in which groups are made, for version 1 and version 2 of control groups."""
 _PREFIX = "tunesmith-program-"
 
 
 def make(name: str, *, tasks: int) -> Path | None:
-    """A group that never has more processes and threads; None where none can be made, as mostly without root."""
+    """Make a group that never has more processes and threads; None where that is not possible, usually without root."""
     for root in ROOTS:
         _remove_left(root)
         group = root / f"{_PREFIX}{os.getpid()}-{name}"
@@ -35,7 +35,7 @@ def make(name: str, *, tasks: int) -> Path | None:
 
 
 def remove(group: Path) -> None:
-    """Remove a group in which nothing lives any more."""
+    """Remove a group that no process is in any more."""
     for _ in range(40):
         with suppress(OSError):
             group.rmdir()
@@ -45,7 +45,7 @@ def remove(group: Path) -> None:
 
 
 def _remove_left(root: Path) -> None:
-    """What a killed worker has left."""
+    """Remove the groups that a killed worker has left."""
     for left in root.glob(f"{_PREFIX}*"):
         owner = left.name.removeprefix(_PREFIX).partition("-")[0]
         if not Path("/proc", owner).exists():

@@ -1,4 +1,4 @@
-"""An environment of a job's own: what its `requirements.txt` names, on top of the platform's packages.
+"""The Python environment of a job: the packages that its `requirements.txt` names, on top of the platform's packages.
 
 pip sees the platform's packages through a path file: what is there and fits is not installed again, torch among it;
 what is pinned otherwise goes before it. Installing runs code of the packages, so it happens in the program's room.
@@ -39,9 +39,9 @@ class Environment:
 
     python: Path
     folder: Path | None
-    """None: the platform's own."""
+    """None where the job uses the platform's own environment."""
     lock: str | None
-    """What was installed, as lines of NAME==VERSION with hashes; the platform's packages as remarks."""
+    """The installed packages as lines of NAME==VERSION with hashes; the platform's packages stand in comments."""
 
 
 def own_environment(
@@ -118,7 +118,7 @@ def _build(
 
 
 def _key(requirements: Path) -> str:
-    """Of the requirements, what they may refer to beside them, the interpreter and the platform's packages."""
+    """A hash of the requirements, the files beside them, the interpreter and the platform's packages."""
     sha256 = hashlib.sha256(sys.version.encode())
     for line in _platform_packages():
         sha256.update(line.encode() + b"\n")
@@ -131,7 +131,7 @@ def _key(requirements: Path) -> str:
 
 
 def lock(packages: Path) -> str:
-    """The lock file, from pip's report. SpecError where what was installed has put something else in its place."""
+    """The lock file, made from pip's report. SpecError where a package has replaced the report by something else."""
     lines = []
     try:
         with outputs.opened(packages, "report.json") as (descriptor, status):
@@ -160,7 +160,7 @@ def _platform_packages() -> list[str]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One builder of an environment at a time on this node."""
+    """Hold the lock of an environment, so that only one process of this node builds it."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

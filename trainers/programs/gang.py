@@ -22,7 +22,7 @@ from tunesmith.jobs.attempts import Result
 from tunesmith.jobs.spec import CustomJob
 
 END_S = 30.0
-"""What the other workers have to end, once one has failed, before Ray kills them."""
+"""How long the other workers have to end after one has failed, in seconds, before Ray kills them."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def run_custom(attempt: Attempt, job: CustomJob) -> Result:
 
 
 def _wait_for(group: Any, stop: StopWatch) -> None:
-    """Until the gang has its resources; StoppedError where the job is to stop before."""
+    """Wait until the gang has its resources; StoppedError where the job is to stop before that."""
     import ray
 
     ready = group.ready()
@@ -83,7 +83,7 @@ class _Gang:
         return failed or halted or results[0]
 
     def _follow(self, reports: ReportWriter) -> list[Result]:
-        """What the workers say, until all have ended; their results, that of the first which failed before all."""
+        """Follow what the workers say until all have ended; their results, the first failure before all others."""
         import ray
 
         running = {}
@@ -173,7 +173,7 @@ class _Gang:
         return workers
 
     def _on_bundle(self, rank: int, work: Callable[..., Any]) -> Callable[..., Any]:
-        """`work` as a Ray task on the node of that worker, which has no resources of its own."""
+        """`work` as a function that runs on the node of that worker, in a Ray task without resources."""
         import ray
 
         task = ray.remote(max_retries=0, num_cpus=0)(work).options(scheduling_strategy=self._bundle(rank))
@@ -186,6 +186,6 @@ class _Gang:
 
 
 def _resources(job: CustomJob) -> dict[str, Any]:
-    """Of one worker, as Ray's options of a task."""
+    """The resources of one worker, as options of a Ray task."""
     others = {name: amount for name, amount in job.resources.items() if name not in ("CPU", "GPU")}
     return {"num_cpus": job.resources.get("CPU", 0), "num_gpus": job.resources.get("GPU", 0), "resources": others}

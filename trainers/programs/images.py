@@ -40,7 +40,7 @@ from tunesmith.settings import Settings
 
 MAX_PROCESSES = 16384
 MEMORY_MARGIN = 1.1
-"""What the kernel allows, as a share of the flavor's memory: the look twice a second says more."""
+"""The kernel's limit as a share of the flavor's memory: higher, because the check twice a second explains more."""
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -54,18 +54,18 @@ _FETCHING = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY
 
 @dataclass(frozen=True)
 class Image:
-    """An image that is there on this node."""
+    """An image that this node has."""
 
     url: str
-    """As the model's card has it."""
+    """The URL as it stands in the model's card."""
     id: str
-    """Of its configuration."""
+    """The id of its configuration."""
     digest: str
-    """Of its manifest."""
+    """The digest of its manifest."""
 
     @property
     def lock(self) -> str:
-        """What is kept with the job."""
+        """The text that is kept with the job."""
         return json.dumps({"url": self.url, "id": self.id, "digest": self.digest}, indent=2) + "\n"
 
 
@@ -164,7 +164,10 @@ def remove_cgroups(folder: Path) -> None:
 
 @cache
 def find_podman(settings: Settings) -> Podman:
-    """How podman works on this node, tried out by a container of the node's own programs. IsolationError where not."""
+    """How podman works on this node, found by running a container of the node's own programs.
+
+    IsolationError where it does not work.
+    """
     path = shutil.which("podman", path=_PATH)
     if path is None:
         raise _no_podman("there is no podman")
@@ -239,7 +242,7 @@ def _try_out(podman: Podman, settings: Settings) -> str | None:
 def _run(
     podman: Podman, folder: Path, room: Room, cwd: Path, options: Sequence[str], *, target: Sequence[str]
 ) -> list[str]:
-    """podman's command line: a container that has nothing but what the room has."""
+    """podman's command line for a container that has only what the room has."""
     fixed = {
         "rm": "true",
         "init": "true",
@@ -385,7 +388,7 @@ def _seccomp() -> dict[str, Any]:
 
 
 def _limits(room: Room) -> list[str]:
-    """As podman's options; what this process has where the room says nothing, for podman would ask for more."""
+    """The limits as podman's options; without one of the room, this process's own, because podman would ask for more."""
     found = ["core=0:0", f"fsize={room.largest_file_bytes}:{room.largest_file_bytes}"]
     for name, kind in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):
         soft, hard = resource.getrlimit(kind)
@@ -394,7 +397,7 @@ def _limits(room: Room) -> list[str]:
 
 
 def _source(url: str, model: Path, settings: Settings) -> str:
-    """What podman pulls. SpecError where it may not."""
+    """The source that podman pulls from. SpecError where it is not allowed."""
     reference = parse_image(url)
     if not reference.is_archive:
         return f"docker://{reference.name}"
@@ -417,7 +420,7 @@ def _source(url: str, model: Path, settings: Settings) -> str:
 
 
 def _fetching(settings: Settings) -> dict[str, str]:
-    """Variables for podman as it fetches an image."""
+    """The variables that podman gets while it fetches an image."""
     given = {name: os.environ[name] for name in (*_FETCHING, *sandbox.CERTIFICATES) if name in os.environ}
     keys = settings.home / "registries.json"
     return {**given, **({"REGISTRY_AUTH_FILE": str(keys)} if keys.is_file() else {})}

@@ -12,11 +12,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 MAX_QUOTED = 10
-"""Malformed lines that are quoted, each once; of the others the number is told at the end."""
+"""How many malformed lines are quoted. The number of the others is reported at the end."""
 MAX_POINTS = 500
-"""Kept of what one look finds, evenly; the last one always."""
+"""How many points of one look are kept: evenly spaced, and always the last one."""
 MAX_BYTES = 1 << 30
-"""Of the file; what comes after is not read."""
+"""What is read of the file at most."""
 _MAX_LINE_BYTES = 4096
 _READ_BYTES = 1 << 20
 _READS = 64
@@ -39,7 +39,7 @@ class Point:
 
 @dataclass
 class Look:
-    """What was found since the look before."""
+    """What was found since the previous look."""
 
     points: list[Point] = field(default_factory=list)
     malformed: list[str] = field(default_factory=list)
@@ -123,7 +123,7 @@ class MetricsFile:
 
 
 def _evenly(items: list[T]) -> list[T]:
-    """At most MAX_POINTS of them, the last one always."""
+    """At most MAX_POINTS of them, and always the last one."""
     if len(items) <= MAX_POINTS:
         return items
     stride = -(-len(items) // MAX_POINTS)

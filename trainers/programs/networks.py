@@ -1,4 +1,4 @@
-"""A network of a job's own: the programs of its workers on one node are on it, and nothing else is."""
+"""The network of a job on one node: the programs of its workers reach each other there, and nothing else is on it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class OwnNetwork:
 
 @contextmanager
 def own_network(file: Path) -> Iterator[OwnNetwork]:
-    """The network that all workers share who name the same `file`; the first of them makes it, and it has loopback.
+    """The network that all workers with the same `file` share. The first of them makes it; it has only loopback.
 
     Where those before have ended it is a new one: there is nobody left to talk to.
     """
@@ -63,7 +63,7 @@ def _told_holder(told: IO[str]) -> psutil.Process | None:
 
 
 def _namespaces(holder: psutil.Process | None) -> list[BufferedReader] | None:
-    """The holder's user and network namespace, opened; None where it has ended, or ends just now."""
+    """The user and network namespace of the holder, opened; None where the holder has ended."""
     if holder is None:
         return None
     with ExitStack() as stack:

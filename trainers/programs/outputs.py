@@ -1,4 +1,4 @@
-"""The output folder of a user's program, stored file by file. What is in it is the program's: no link is followed."""
+"""The output folder of a user's program, stored file by file. No link is followed, because the program made it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from tunesmith.storage.base import PARTIAL, Storage
 
 MAX_FILES = 10_000
-"""Files and folders of an output: all of them are listed in the new model's manifest."""
+"""How many files and folders an output may have, because the new model's manifest lists all of them."""
 MAX_DEPTH = 64
-"""Of folders in each other; what lies deeper is not looked at."""
+"""How deep folders may lie in each other. Anything deeper is not looked at."""
 
 
 @dataclass
 class Walk:
-    """The files below a folder, and what is there that is none."""
+    """The files below a folder, and everything else that lies there."""
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
     """By path relative to the folder."""
@@ -49,7 +49,7 @@ def scan(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder that a program has written to: however deep it is, and whatever it may not be read by."""
+    """Delete a folder that a program has written to, however deep it is and whatever rights its files have."""
     for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
         if folder.exists():
             subprocess.run([*command, "--", folder], check=False, capture_output=True)

@@ -38,11 +38,11 @@ class Launch:
     temporary: Path | None = None
     """Its `/tmp`."""
     group: Path | None = None
-    """The control group that it is in, which goes with it."""
+    """The control group that it is in; it is removed after the program has ended."""
     is_contained: bool = True
     """Whether all that it begins ends with its first process."""
     mark: str = field(default_factory=lambda: secrets.token_hex(16))
-    """By which its processes are found, also when the process that started it is gone."""
+    """Its processes are found by this mark, also after the process that started them has ended."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class Program:
         return cast("IO[bytes]", self._process.stdout)
 
     def exit_code(self) -> int | None:
-        """None while it runs; as a shell has it: 128 + N for one that signal N ended."""
+        """The exit code as in a shell: 128 + N if signal N ended the program; None while it runs."""
         code = self._process.poll()
         return 128 - code if code is not None and code < 0 else code
 
     def sample(self) -> Sample:
-        """Of now; the CPU's since the sample before."""
+        """What its processes use now; the CPU's share is that since the previous sample."""
         found = {}
         for process in self.tree():
             # The same object is asked again, for it remembers what it said before.
@@ -119,7 +119,7 @@ class Program:
             return []
 
     def terminate(self) -> None:
-        """SIGTERM to the program itself, which may then save what it has and end."""
+        """Send SIGTERM to the program itself, so that it can save what it has and end."""
         with suppress(psutil.Error):
             main = psutil.Process(self._process.pid)
             # Around it lie bubblewrap's two processes, which would not pass a signal on; podman, the first that they
@@ -157,7 +157,7 @@ def program_mark(job_id: str, attempt: int, rank: int) -> str:
 
 
 def end_earlier(job_id: str, attempt: int) -> int:
-    """Kill what runs on this node of earlier attempts of a job; how many processes that were."""
+    """Kill the processes of earlier attempts of a job that still run on this node, and return how many there were."""
     marks = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):

@@ -15,11 +15,11 @@ from tunesmith.errors import StorageError
 from tunesmith.storage.segments import SegmentWriter
 
 MAX_LINE_BYTES = 16 << 10
-"""What is longer is cut, and says so."""
+"""A longer line is cut, and the log says so."""
 MAX_LOG_BYTES = 256 << 20
-"""Of one worker in one attempt; what comes after is not kept, and the log says so."""
+"""What is kept of one worker's log in one attempt. The log says where it was cut."""
 MAX_WAITING_BYTES = 16 << 20
-"""What may wait for a storage that does not take it; beyond it, lines are left out and counted."""
+"""How much may wait for a storage that does not answer. Lines beyond that are left out and counted."""
 TAIL_LINES = 20
 _TAIL_LINE_BYTES = 500
 _READ_BYTES = 1 << 16

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Said:
-    """What a worker tells the driver on its way; at the end with its result."""
+    """What a worker tells the driver while it works; the last one has the result."""
 
     reports: list[Report] = field(default_factory=list)
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -139,13 +139,13 @@ class _Run:
         yield Said(result=result)
 
     def _dropped_output(self) -> Said:
-        """Of another worker than 0 nothing is kept."""
+        """Say how many files of this worker are not kept: only worker 0's are."""
         count = len(outputs.walk(self._folder / "output").files)
         message = f"worker {self._worker.rank} left {count} files; only worker 0's output is kept"
         return Said(events=[(message, {"dropped_files": count})] if count else [])
 
     def _train(self, launch: Launch, log: ProgramLog) -> Generator[Said, None, Result]:
-        """Says how it goes; at its end the result."""
+        """Run the program, telling how it goes; returns the result."""
         program = Program(launch)
         metrics, reason = MetricsFile(metrics_path(self._worker, self._settings)), None
         usage = Usage(program, self._limits(self._program_name, files=outputs.MAX_FILES))
@@ -169,7 +169,7 @@ class _Run:
         return self._result(code, reason, log)
 
     def _terminate(self, program: Program, usage: Usage, reason: str) -> Iterator[Said]:
-        """SIGTERM, a wait while it takes no more than it may, and then the end of it."""
+        """Send SIGTERM and wait for the program's end, as long as it keeps within its limits."""
         if reason == FENCED:
             return
         grace_s = self._settings.stop_grace_s / 2
@@ -198,7 +198,7 @@ class _Run:
         )
 
     def _look(self, usage: Usage | None, metrics: MetricsFile, log: ProgramLog) -> Said:
-        """What is new; `usage`: the program runs, and is looked at."""
+        """What is new since the last look; with `usage`, the program still runs, and its limits are checked."""
         look, losses = metrics.look(at_end=usage is None), log.losses()
         reports: list[Report] = []
         events: list[tuple[str, dict[str, Any]]] = []
@@ -235,7 +235,7 @@ class _Run:
         )
 
     def _wait(self, program: Program) -> None:
-        """Until what is needed is there; raises what keeps it from going on."""
+        """Wait until the environment is there. Raises what prevents that."""
         usage = Usage(program, self._limits("what makes the environment", files=MAX_INSTALLED_FILES))
         with usage.watched():
             while program.exit_code() is None:
@@ -260,7 +260,7 @@ class _Run:
 
 
 def _last_words(metrics: MetricsFile) -> list[tuple[str, dict[str, Any]]]:
-    """What is to be said of a metrics file once it is read."""
+    """What remains to be told about a metrics file after it was read."""
     said: list[tuple[str, dict[str, Any]]] = []
     if (count := metrics.malformed_lines) > MAX_QUOTED:
         said.append((f"the metrics file has {count} malformed lines", {"malformed_lines": count}))

@@ -49,11 +49,11 @@ _PASSED_ON = (
 )
 """Variables of the node that a program inside needs; none of them holds a secret."""
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
-"""Likewise, where the program sees the node's system."""
+"""Further ones, for programs that see the node's system."""
 
 
 Network = Literal["none", "node"] | OwnNetwork
-"""What a program reaches; `node`: what the node does, its own ports among it."""
+"""What a program can reach; `node` means everything that the node itself reaches, its own ports included."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Room:
     """Its `/tmp`."""
     network: Network
     resources: Mapping[str, float]
-    """Ray's: which accelerators it sees."""
+    """Ray's resources, which say what accelerators the program sees."""
     largest_file_bytes: int
 
 
@@ -129,7 +129,7 @@ def command_line(
 
 
 def environment(room: Room, python: Path, given: Mapping[str, str], settings: Settings) -> dict[str, str]:
-    """The variables of a program in the room: `given` and what any program needs; none of the platform's."""
+    """The variables of a program in the room: `given` and those that any program needs, but none of the platform's."""
     home = "/tmp" if settings.isolation != "none" else str(room.temporary)
     passed_on = {name: os.environ[name] for name in CERTIFICATES if name in os.environ}
     path = f"{python.parent}:/usr/local/bin:/usr/bin:/bin"
@@ -173,5 +173,5 @@ def _few_processes(settings: Settings) -> list[str]:
 
 
 def _interpreter() -> list[Path]:
-    """Where Python and the platform's packages lie, torch among them."""
+    """The folders of Python and of the platform's packages, torch among them."""
     return list(dict.fromkeys(Path(prefix).resolve() for prefix in (sys.base_prefix, sys.prefix)))

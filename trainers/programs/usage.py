@@ -1,4 +1,4 @@
-"""What a user's program takes of its node, and what it may take: memory, processes, disk, seen or hidden."""
+"""What a user's program uses of its node and what it may use: memory, processes and disk, also where it hides them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DELETED = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) .* \(deleted\)$", re.MULTILINE
 )
 _ENTRY_BYTES = 4096
-"""What a file or folder without anything in it counts: its inode and its name take room as well."""
+"""What an empty file or folder counts, because its inode and its name take room as well."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Limits:
     """What a program may take."""
 
     name: str
-    """Of the program, as its user knows it: `train.py of worker 0`."""
+    """The program's name as its user knows it: `train.py of worker 0`."""
     flavor: str
     memory_bytes: int
     disk_bytes: int
     tasks: int
     """Processes and threads."""
     files: int
-    """Files and folders where it may leave some; in its `/tmp` the size alone counts."""
+    """How many files and folders it may leave. In its `/tmp` only the size counts."""
 
 
 class Usage:
@@ -67,7 +67,7 @@ class Usage:
             thread.join()
 
     def check(self) -> Sample:
-        """What it takes now. Raises OutOfMemoryError or SpecError where that is too much."""
+        """What the program uses now. Raises OutOfMemoryError or SpecError where that is too much."""
         if self._excess is not None:
             raise self._excess
         limits, sample = self._limits, self._program.sample()
@@ -87,7 +87,7 @@ class Usage:
         return sample
 
     def check_disk(self) -> None:
-        """Once it has ended. Raises SpecError where it has left too much."""
+        """To be called after the program has ended. Raises SpecError where it has left too much on the disk."""
         too_much = self._excess or self._disk()
         if too_much is not None:
             raise too_much
@@ -127,7 +127,7 @@ class Usage:
 
 
 def _memory_bytes(pids: Sequence[int], rss_bytes: int, limit_bytes: int) -> int:
-    """What processes take together, with shared memory that none of them has mapped.
+    """What processes use together, including shared memory that none of them has mapped.
 
     Where a bound that is quickly had is below the limit, it is that bound; else every page counts once.
     """
