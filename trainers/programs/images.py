@@ -388,7 +388,7 @@ def _seccomp() -> dict[str, Any]:
 
 
 def _limits(room: Room) -> list[str]:
-    """The limits as podman's options; without one of the room, this process's own, because podman would ask for more."""
+    """The limits as podman's options; without one of the room, this process's own: podman would ask for more."""
     found = ["core=0:0", f"fsize={room.largest_file_bytes}:{room.largest_file_bytes}"]
     for name, kind in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):
         soft, hard = resource.getrlimit(kind)
