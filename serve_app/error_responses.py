@@ -31,7 +31,7 @@ _MEANINGS = {
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's description of errors with these statuses, and of those any route may answer with."""
+    """OpenAPI's description of the errors with these statuses and of those that any route may answer with."""
     return {
         status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in sorted({401, 500, 503, *statuses})
     }

@@ -13,9 +13,10 @@ Task = Callable[[], object]
 
 
 class Lanes:
-    """Lanes of some threads each. A subject is worked on by one thread of its lane at a time; a hang holds up no other.
+    """Lanes of some threads each. Only one thread at a time works on a subject.
 
-    Threads live while there is work, and keep no process alive.
+    A task that hangs holds up no other subject, as long as its lane has another thread. Threads live while there is
+    work, and keep no process alive.
     """
 
     def __init__(self, widths: Mapping[str, int]) -> None:
@@ -24,12 +25,12 @@ class Lanes:
         self._threads = dict.fromkeys(widths, 0)
         self._waiting: dict[str, deque[tuple[str, Task]]] = {lane: deque() for lane in widths}
         self._under_way: dict[tuple[str, str], Task | None] = {}
-        """Subjects that wait or are worked on, and the task that follows where one came meanwhile."""
+        """The subjects that wait or are worked on, and the task that came meanwhile, which follows."""
         self._changed = threading.Condition()
         self._closed = False
 
     def hand(self, lane: str, subject: str, task: Task) -> None:
-        """Have a task done soon. Where the subject's last one is not done yet, it follows that; the newest alone."""
+        """Have a task done soon. Of tasks that come while the subject is worked on, the newest is kept."""
         with self._changed:
             if self._closed:
                 return
@@ -46,12 +47,12 @@ class Lanes:
         return (lane, subject) in self._under_way
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until nothing is under way, what tasks handed on included; False where the time is over before."""
+        """Wait until nothing is under way, not even what tasks have handed on; False when the time is over first."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._under_way, timeout_s)
 
     def close(self) -> None:
-        """Begin no task from now on; those under way go on."""
+        """Begin no more tasks. Those under way go on."""
         with self._changed:
             self._closed = True
             for lane, waiting in self._waiting.items():
@@ -86,7 +87,7 @@ class Lanes:
 
 
 class Countdown:
-    """Calls `then` once everything that was added is done, and the countdown itself was begun."""
+    """Calls `then` once `begin` was called and every task that was added is done."""
 
     def __init__(self, then: Task) -> None:
         self._then = then
@@ -107,7 +108,7 @@ class Countdown:
         return counted
 
     def begin(self) -> None:
-        """Nothing more is added."""
+        """From now on, no task is added."""
         with self._lock:
             self._left -= 1
             is_over = self._left == 0

@@ -34,7 +34,7 @@ class LeasedRecords:
         self._duration_s = duration_s
         self._clock = clock
         self._lease: tuple[Lease, float] | None = None
-        """And when it ends, were it not renewed."""
+        """The lease, and when it ends unless it is renewed."""
 
     def hold(self) -> bool:
         """Take or renew the lease; False while another holds it."""
@@ -44,7 +44,7 @@ class LeasedRecords:
         return lease is not None
 
     def held(self) -> Lease:
-        """The lease; LeaseLostError where it is not held. Asked before what no transaction guards."""
+        """The lease; LeaseLostError where it is not held. Call it before work that no transaction guards."""
         held = self._lease
         if held is None or held[1] <= self._clock():
             raise LeaseLostError(f"the lease {self._name!r} is not held")

@@ -85,7 +85,7 @@ class Reconciler:
             self._hand("purges", record.id, partial(self._purge, record))
 
     def settle(self, timeout_s: float) -> bool:
-        """Wait until everything that was handed to the threads is done; False where the time is over before."""
+        """Wait until everything that was handed to the threads is done; False when the time is over first."""
         return self._lanes.wait(timeout_s)
 
     def close(self, timeout_s: float = 0) -> None:
@@ -151,7 +151,7 @@ class Reconciler:
                 self._guarded(record.id, partial(self._records.change, record, Change(message=why)))
 
     def _may_start(self, record: Record) -> bool:
-        """Whether a queued job waits for its turn alone: nobody has begun its attempt, and no pause follows a loss."""
+        """Whether a queued job waits for nothing but its turn: nobody began its attempt, and no pause holds it back."""
         attempt = record.status.attempt
         if (record.id, attempt + 1) not in self._unclaimed:
             return False
@@ -226,7 +226,7 @@ class Reconciler:
             self._complaints.pop(subject, None)
 
     def _complain(self, subject: str, error: Exception, level: int) -> None:
-        """Log, with the traceback where it is nobody's known trouble; the same again in the next round is not news."""
+        """Log an error, unless the last round logged the same; `logging.ERROR` and above with the traceback."""
         text = f"{type(error).__name__}: {error}"
         if self._complaints.get(subject) != text:
             self._complaints[subject] = text

@@ -137,7 +137,7 @@ def list_job_metrics(
 
 @router.get("/jobs/{job_id}/audit", responses=documented(404, 422))
 def get_job_audit(door: DoorDep, job_id: str) -> AuditReport:
-    """What the job trains: counts, lengths, and rows with their trained tokens marked. There after the audit."""
+    """What the job trains: counts, lengths, and rows with their trained tokens marked."""
     return read_audit(door.storage, door.store.get(job_id).id)
 
 
