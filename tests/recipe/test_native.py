@@ -1,12 +1,19 @@
 """What is our own on a CPU gives what torch gives, in double precision, for every shape."""
 
+import logging
+import resource
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from trainers.recipe.kernels import matmul, native
+from tests.support import workers
+from trainers.recipe.kernels import attention, matmul, native
+from trainers.recipe.memory import is_out_of_memory
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
 TOLERANCE = 2e-6
@@ -116,3 +123,61 @@ def test_a_compiler_that_is_missing_or_fails_is_said(compiler: str, monkeypatch:
     said = native._library.__wrapped__()
     assert isinstance(said, str)
     assert "C compiler" in said
+
+
+def test_why_nothing_here_can_be_used_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "_library", lambda: "there is no C compiler 'cc'")
+    native.why_missing.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert not any(native.fits(16, torch.empty(1, 16)) for _ in range(3))
+            assert torch.equal(matmul.narrow_down(torch.ones(2, 16), torch.ones(1, 16)), torch.full((2, 1), 16.0))
+    finally:
+        native.why_missing.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention and thin products are torch's own, which are several times slower: there is no C compiler 'cc'"
+    ]
+
+
+def _with_little_memory(queue: Any) -> None:
+    """What becomes of each call, by its name, where it may allocate its results and not what it works with."""
+    torch.set_num_threads(2)
+    rows, few = (torch.tensor([0, tokens], dtype=torch.int32) for tokens in (40_000, 64))
+    states = [torch.randn(1, 1, 40_000, 16, requires_grad=True) for _ in range(3)]
+    low, x = torch.randn(32, 128), torch.randn(32, 16_384)
+    # The threads are there.
+    attention._attend_on_cpu(*(state[:, :, :64] for state in states), few, 0.2)[0].sum().backward()
+    native.sum_over_tokens(low, x[:, :64])
+    calls: dict[str, tuple[int, Callable[[], object]]] = {
+        "forward": (8 << 20, lambda: attention._attend_on_cpu(*states, rows, 0.2)),
+        "backward": (20 << 20, attention._attend_on_cpu(*states, rows, 0.2)[0].sum().backward),
+        "sum_over_tokens": (12 << 20, lambda: native.sum_over_tokens(low, x)),
+    }
+    queue.put({name: _error_of(call, allowed) for name, (allowed, call) in calls.items()})
+
+
+def _error_of(call: Callable[[], object], allowed: int) -> str:
+    """The error of a call that may allocate so many bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(line.split()[1]) * 1024 + allowed, hard))
+    try:
+        call()
+    except (MemoryError, RuntimeError) as error:
+        assert is_out_of_memory(error)
+        return f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    return "none"
+
+
+def test_memory_that_runs_out_is_an_error_and_not_the_processs_end() -> None:
+    queue = workers.CONTEXT.SimpleQueue()
+    process = workers.CONTEXT.Process(target=_with_little_memory, args=(queue,))
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0
+    names = ("forward", "backward", "sum_over_tokens")
+    assert queue.get() == {name: f"MemoryError: memory ran out in {name} of native.c" for name in names}

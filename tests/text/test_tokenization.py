@@ -1,6 +1,7 @@
 """Tokenised data is made once, whole and in order, whoever else makes it and whoever is killed meanwhile."""
 
 import ast
+import importlib.util
 import json
 import os
 import signal
@@ -145,16 +146,57 @@ def test_the_key_is_made_of_what_decides_the_tokens_and_of_nothing_else(tmp_path
     assert len({same[0], *others}) == len(others) + 1
 
 
+NO_TOKENS = {
+    "trainers.text.shards",  # has a number of its own, FORMAT
+    "tunesmith.assets.catalog",  # what a manifest says of a file
+    "tunesmith.errors",
+    "tunesmith.hyperparameters.definitions",  # the values themselves are part of the key
+}
+"""Modules of ours that encoding imports and that leave the tokens as they are."""
+
+
+def imported_by(module: str) -> set[str]:
+    """The modules of ours that `module` imports, wherever in its text; packages, which are empty, are left out."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(tokenization._source(module))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and node.level == 0, "relative imports are not followed"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.split(".")[0] in ("trainers", "tunesmith") and is_module(name)}
+
+
+def is_module(name: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # a name in a module
+        return False
+    return spec is not None and spec.submodule_search_locations is None
+
+
 def test_every_module_that_decides_the_tokens_is_part_of_the_key() -> None:
-    found, new = {"trainers.text.encoding_processes"}, ["trainers.text.encoding_processes"]
+    found, new = set[str](), {"trainers.text.encoding_processes"}
     while new:
-        tree = ast.parse(tokenization._source(new.pop()))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trainers.") and node.module:
-                new += [] if node.module in found else [node.module]
-                found.add(node.module)
-    # The form of the shards has a number of its own.
-    assert found - {"trainers.text.shards"} == {name for name in tokenization._CODE if name.startswith("trainers.")}
+        module = new.pop()
+        found.add(module)
+        new |= set() if module in NO_TOKENS else imported_by(module) - found
+    assert found >= {"tunesmith.assets.json_array", "tunesmith.text.control_tokens"}  # reached by others alone
+    assert found - NO_TOKENS == {*tokenization._CODE}
+    assert found >= NO_TOKENS
+
+
+@pytest.mark.parametrize("module", tokenization._CODE)
+def test_another_text_of_a_module_that_decides_the_tokens_is_another_key(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key() -> str:
+        config = encoding_processes.EncodingConfig(TOKENIZER, tiny.hyperparameters(), tiny.advanced())
+        return tokenization.cache_key([], config, training_type="text-question-answering", limit=None)
+
+    before, source = key(), tokenization._source
+    monkeypatch.setattr(tokenization, "_source", lambda name: source(name) + (b"#" if name == module else b""))
+    assert key() != before
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -54,7 +55,8 @@ def compile_layers(model: Any, attempt: Callable[[], object]) -> bool:
     base.enable_input_require_grads()  # otherwise the first layer is another code
     try:
         attempt()
-    except Exception:  # whatever the compiler, its backends and their tools may raise
+    except (RuntimeError, OSError, subprocess.SubprocessError):
+        # What a backend raises, torch hands on as a RuntimeError of its own; the others are of the compiler's process.
         logger.warning("the layers could not be compiled, they run as they are", exc_info=True)
         for layer in _layers(base):
             layer._compiled_call_impl = None

@@ -49,7 +49,7 @@ def largest_pass(attempt: Callable[[int], None], tokens: int) -> int:
         gc.collect()
         try:
             attempt(tokens)
-        except Exception as error:  # whatever it is that tells of memory
+        except (RuntimeError, MemoryError) as error:  # torch has its own errors, oneDNN a RuntimeError
             if not is_out_of_memory(error):
                 raise
         else:

@@ -9,32 +9,32 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from trainers.recipe.batches import BatchPlan
 from trainers.recipe.checkpoint_files import CheckpointWriter, load_adapter, load_moments
 from trainers.recipe.collate import Pass, one_row, pack, pad, shared_beginning, shares_beginnings
 from trainers.recipe.compilation import compile_layers, why_not_compiled
 from trainers.recipe.device import Device, keep_freed_memory, pick_device
+from trainers.recipe.held_out_loss import held_out_loss
 from trainers.recipe.kernels.attention import why_not_packed
 from trainers.recipe.lora import load_model
 from trainers.recipe.loss import attention_of, loss_sum
 from trainers.recipe.memory import does_not_fit, is_out_of_memory, largest_pass
 from trainers.recipe.strategies import choose, strategy
-from trainers.recipe.strategy import SHARE_BASE, Strategy, Worker, begin_together, shares_base
+from trainers.recipe.strategy import SHARE_BASE, Strategy, Worker, begin_together
 from trainers.recipe.trace import traced
 from trainers.text.shards import TokenizedRows
 from tunesmith.errors import ModelError, OutOfMemoryError, TunesmithError
 from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 
-EVAL_BATCH_ROWS = 8
 PASS_TOKENS = {"cpu": 1536}
 """Tokens of a forward pass over packed rows, by the device's type: more take more memory and are hardly faster.
 
@@ -103,168 +103,285 @@ def train(
 ) -> Outcome:
     """Train an adapter for the model in `model_folder`.
 
-    The loss of a step is the mean over the
-    trained tokens of its global batch, so the split into rows, passes and workers does not matter. `start_from` is the
-    folder of an adapter that the run begins with, `resume_from` a checkpoint's; steps, rows and dropout are functions
-    of seed and step, so nothing else needs to be kept.
+    The loss of a step is the mean over the trained tokens of its global batch, so the split into rows, passes and
+    workers does not matter. `start_from` is the folder of an adapter that the run begins with, `resume_from` a
+    checkpoint's; steps, rows and dropout are functions of seed and step, so nothing else needs to be kept.
     The model's layers are `compiled` where that pays, unless it is said. `profile` is a file for a trace of some steps.
     """
-    h, seed = hyperparameters, advanced.seed
-    device = pick_device(worker.local_rank)
+    h, device = hyperparameters, pick_device(worker.local_rank)
     model = load_model(model_folder, h, advanced, device)
-    state: dict[str, Any] = {"step": 0}
-    moments: Mapping[str, torch.Tensor] = {}
-    if resume_from is not None:
-        moments, state = load_moments(resume_from)
-        start_from = resume_from / "adapter"
-    begin_together(state["step"], worker, device)
-    if start_from is not None:
-        load_adapter(start_from, model)
+    begun = _load_beginning(model, worker, device, start_from=start_from, resume_from=resume_from)
     strategy_name = choose(advanced.strategy, model, worker, device, quantized=h.bits is not None)
     logger.info("strategy %s, %d workers", strategy_name, worker.world_size)
+    plan, total_steps = _plan(rows, h, advanced, worker)
+    keep_freed_memory(device)
+    is_packed = _is_packed(model, rows, advanced.packing, device)
+    if strategy_name not in SHARE_BASE:
+        model.to(device.torch_device)
+    if compiled is None:
+        tokens = int(rows.lengths.sum()) * total_steps // plan.steps_per_epoch // worker.world_size
+        compiled = _pays_to_compile(model, advanced, device, tokens, strategy_name=strategy_name)
+    if compiled:
+        _compile(model, (pack if is_packed else pad)(rows, plan.rows(1)[:2], device.torch_device))
+    shared = strategy(strategy_name, model, h, advanced, worker, device)
+    if begun.moments:
+        shared.restore(begun.moments)
+    run = _Run(
+        h=h,
+        advanced=advanced,
+        hooks=hooks,
+        worker=worker,
+        device=device,
+        model=model,
+        rows=rows,
+        eval_rows=eval_rows,
+        plan=plan,
+        total_steps=total_steps,
+        is_packed=is_packed,
+        shared=shared,
+        checkpoint=CheckpointWriter(model),
+        saved_step=begun.step,
+        eval_before=begun.eval_before,
+    )
+    return run.to_the_end(begun.step, profile)
 
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What a run goes on from."""
+
+    step: int = 0
+    """Steps done."""
+    eval_before: float | None = None
+    """The held-out loss before the first step, where it is known."""
+    moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The optimizer's; empty before the first step."""
+
+
+def _load_beginning(
+    model: Any, worker: Worker, device: Device, *, start_from: Path | None, resume_from: Path | None
+) -> _Beginning:
+    """Load the adapter of the checkpoint `resume_from`, or the one in `start_from`, into the model."""
+    moments, state = ({}, {"step": 0}) if resume_from is None else load_moments(resume_from)
+    begin_together(state["step"], worker, device)
+    adapter = start_from if resume_from is None else resume_from / "adapter"
+    if adapter is not None:
+        load_adapter(adapter, model)
+    return _Beginning(step=state["step"], eval_before=state.get("eval_loss_before"), moments=moments)
+
+
+def _plan(rows: TokenizedRows, h: LoraHyperparameters, advanced: Advanced, worker: Worker) -> tuple[BatchPlan, int]:
+    """Which rows a step takes, and how many steps there are."""
     plan = BatchPlan(
         rows.lengths,
         batch_rows=h.per_device_train_batch_size,
         passes=h.gradient_accumulation_steps,
         world_size=worker.world_size,
-        seed=seed,
+        seed=advanced.seed,
     )
-    total_steps = plan.steps_per_epoch * advanced.num_train_epochs
-    if h.max_steps is not None:
-        total_steps = min(total_steps, h.max_steps)
+    steps = plan.steps_per_epoch * advanced.num_train_epochs
+    return plan, steps if h.max_steps is None else min(steps, h.max_steps)
 
-    keep_freed_memory(device)
+
+def _is_packed(model: Any, rows: TokenizedRows, packing: str, device: Device) -> bool:
+    """Whether rows are packed, which is logged with the reason. ModelError where they cannot be and have to."""
     model.eval()  # where dropout is at work, no two passes are alike
-    unpacked = "packing is off" if advanced.packing == "off" else why_not_packed(model, int(rows.lengths.max()))
+    unpacked = "packing is off" if packing == "off" else why_not_packed(model, int(rows.lengths.max()))
     model.train()
-    if unpacked and advanced.packing == "on":
+    if unpacked and packing == "on":
         raise ModelError(
             f"rows cannot be packed: {unpacked}", fields=["advanced.packing"], hint="packing=auto pads them"
         )
-    make_pass = pad if unpacked else pack
-    packed = "packed" + (
-        ", what those of a pass begin with is computed once" if shares_beginnings(device.torch_device) else ""
-    )
-    logger.info("rows are %s", f"padded: {unpacked}" if unpacked else packed)
-    in_pieces = strategy_name in SHARE_BASE
-    if not in_pieces:
-        model.to(device.torch_device)
-    if compiled is None:
-        tokens = int(rows.lengths.sum()) * total_steps // plan.steps_per_epoch // worker.world_size
-        uncompiled = (
-            "the workers share its weights"
-            if in_pieces
-            else why_not_compiled(model, advanced, device.torch_device, tokens)
+    if unpacked:
+        logger.info("rows are padded: %s", unpacked)
+        return False
+    once = ", what those of a pass begin with is computed once" if shares_beginnings(device.torch_device) else ""
+    logger.info("rows are packed%s", once)
+    return True
+
+
+def _pays_to_compile(model: Any, advanced: Advanced, device: Device, tokens: int, *, strategy_name: str) -> bool:
+    """Whether the layers are compiled for a run of so many tokens a worker, which is logged with the reason."""
+    why_not: str | None = "the workers share its weights"
+    if strategy_name not in SHARE_BASE:
+        why_not = why_not_compiled(model, advanced, device.torch_device, tokens)
+    logger.info("layers are %s", f"not compiled: {why_not}" if why_not else "compiled")
+    return why_not is None
+
+
+def _compile(model: Any, first: Pass) -> None:
+    """Compile the layers, trying them with one pass."""
+    compile_layers(model, lambda: loss_sum(model, first).backward())  # type: ignore[no-untyped-call]
+    model.zero_grad()
+
+
+@dataclass
+class _Run:
+    """A run under way on one worker."""
+
+    h: LoraHyperparameters
+    advanced: Advanced
+    hooks: Hooks
+    worker: Worker
+    device: Device
+    model: Any
+    rows: TokenizedRows
+    eval_rows: TokenizedRows | None
+    plan: BatchPlan
+    total_steps: int
+    is_packed: bool
+    shared: Strategy
+    checkpoint: CheckpointWriter
+    saved_step: int
+    """The step of the newest checkpoint; 0 before the first one."""
+    eval_before: float | None
+
+    def to_the_end(self, step: int, profile: Path | None) -> Outcome:
+        """Train from after `step` to the last step, or to where a worker is to stop."""
+        first_step, stopped = step + 1, False
+        if self.eval_before is None:
+            self.eval_before = self._evaluate(0)
+        self.hooks.phase("train", {"total_steps": self.total_steps, "first_step": first_step})
+        meter = _Meter()
+        for step in traced(range(first_step, self.total_steps + 1), profile):
+            batch = self.plan.rows(step)
+            learning_rate = self._learning_rate(step)
+            self._backward(step, batch)
+            grad_norm = self.shared.step(step, learning_rate, wishes_stop=self.hooks.should_stop())
+            meter.add(tokens=int(self.rows.lengths[batch].sum()), rows=len(batch))
+            # Asking the device makes the host wait for it.
+            if step % min(self.h.logging_steps, STOP_STEPS) == 0:
+                stopped = bool(self.shared.stop.item() > 0) and step < self.total_steps
+            is_last = step == self.total_steps or stopped
+            is_reported, is_saved = step % self.h.logging_steps == 0, step % self.h.save_steps == 0
+            if is_reported or is_saved or is_last:
+                self._check_finite()
+            if is_reported or is_last:
+                figures = {"loss": float(self.shared.loss), "learning_rate": learning_rate}
+                self.hooks.report(step, {**figures, "grad_norm": float(grad_norm), **self._rates(meter)})
+                meter = _Meter()
+            if is_saved or is_last:
+                with meter.paused():
+                    self._save(step, evaluated_first=not is_last)
+            if stopped:
+                break
+        eval_after = None if stopped else self._evaluate(step)
+        weights = self.shared.snapshot().weights
+        return Outcome(step, self.total_steps, stopped, self.eval_before, eval_after, self.model, weights)
+
+    def _learning_rate(self, step: int) -> float:
+        share = schedule(
+            step - 1, self.total_steps, warmup_ratio=self.h.warmup_ratio, kind=self.advanced.lr_scheduler_type
         )
-        logger.info("layers are %s", f"not compiled: {uncompiled}" if uncompiled else "compiled")
-        compiled = uncompiled is None
-    if compiled:
-        first = make_pass(rows, plan.rows(1)[:2], device.torch_device)
-        compile_layers(model, lambda: loss_sum(model, first).backward())  # type: ignore[no-untyped-call]
-        model.zero_grad()
-    shared = strategy(strategy_name, model, h, advanced, worker, device)
-    if moments:
-        shared.restore(moments)
+        return self.h.learning_rate * share
 
-    first_step = state["step"] + 1
-    eval_before = state.get("eval_loss_before")
+    def _backward(self, step: int, batch: Sequence[int]) -> None:
+        """Add the gradients of this worker's share of the batch. OutOfMemoryError where a pass does not fit."""
+        trained = sum(int(self.rows.trained(row)[1:].sum()) for row in batch)
+        passes = self._passes(step, batch)
+        for number, share in enumerate(passes):
+            if self.h.lora_dropout > 0:
+                torch.manual_seed(_dropout_seed(self.advanced.seed, step, self.worker.rank, number))
+            # Without rows of its own, a worker goes along with one that counts nothing.
+            given = self._make_pass(self.rows, share or batch[-1:], self.device.torch_device)
+            weight = 1 / max(1, trained) if share else 0.0
+            ran_out = False
+            try:
+                self.shared.backward(given, weight, last=number == len(passes) - 1)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                ran_out = True
+            if ran_out:  # here the error holds no tensor any more
+                may_try = self.device.torch_device.type != "cpu" and not self.shared.in_step
+                raise _does_not_fit(self.model, given, self.h, may_try=may_try)
 
-    def evaluate_at(step: int) -> float | None:
-        if eval_rows is None:
+    def _passes(self, step: int, batch: Sequence[int]) -> list[list[int]]:
+        """The rows of each pass of this worker; where workers meet in every pass, some may have none."""
+        device = self.device.torch_device
+        if self.is_packed:
+            beginning = shared_beginning([self.rows.ids(row) for row in batch], device)
+            passes = self.plan.packed(step, self.worker.rank, PASS_TOKENS.get(device.type), beginning)
+        else:
+            passes = self.plan.padded(step, self.worker.rank)
+        return passes if self.shared.in_step else [share for share in passes if share]
+
+    @property
+    def _make_pass(self) -> Callable[[TokenizedRows, Sequence[int], torch.device], Pass]:
+        return pack if self.is_packed else pad
+
+    def _check_finite(self) -> None:
+        if broken := self.shared.broken_step():
+            raise _not_finite(broken, self.plan.rows(broken), self.saved_step)
+
+    def _rates(self, meter: _Meter) -> dict[str, float]:
+        """Tokens a second and card, and the guide's throughput."""
+        elapsed_s, cards = meter.elapsed_s(), self.worker.world_size
+        return {
+            "tokens_per_s_per_card": meter.tokens / elapsed_s / cards,
+            "throughput": meter.rows / elapsed_s * self.h.max_seq_length / cards,
+        }
+
+    def _save(self, step: int, *, evaluated_first: bool) -> None:
+        """Save a checkpoint. It is evaluated before: whoever goes on from it evaluates it no more."""
+        if evaluated_first and self._evaluate(step) is not None:
+            self.hooks.phase("train", {})
+        snapshot = self.shared.snapshot()
+        if self.worker.rank > 0:
+            self.hooks.save(step, None)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                state = {"step": step, "eval_loss_before": self.eval_before}
+                self.checkpoint.write(Path(folder), snapshot, state)
+                self.hooks.save(step, Path(folder))
+        self.saved_step = step
+
+    def _evaluate(self, step: int) -> float | None:
+        """The held-out loss after `step`; None where there are no such rows, or where a worker is to stop."""
+        if self.eval_rows is None:
             return None
-        hooks.phase("evaluate", {})
+        self.hooks.phase("evaluate", {})
         with torch.compiler.set_stance("force_eager"):
-            loss = evaluate(shared, model, eval_rows, device, worker, hooks.should_stop, make_pass)
-            if loss is None:
-                return None
-            hooks.report(step, {"eval_loss": loss})
-            hooks.evaluated(step, model, loss)
+            loss = held_out_loss(
+                self.shared,
+                model=self.model,
+                rows=self.eval_rows,
+                device=self.device,
+                worker=self.worker,
+                should_stop=self.hooks.should_stop,
+                make_pass=self._make_pass,
+            )
+            if loss is not None:
+                self.hooks.report(step, {"eval_loss": loss})
+                self.hooks.evaluated(step, self.model, loss)
         return loss
 
-    if eval_before is None:
-        eval_before = evaluate_at(0)
-    hooks.phase("train", {"total_steps": total_steps, "first_step": first_step})
 
-    checkpoint = CheckpointWriter(model)
+class _Meter:
+    """What was trained since its making, and the time that this took."""
 
-    def save(step: int) -> None:
-        snapshot = shared.snapshot()
-        if worker.rank > 0:
-            hooks.save(step, None)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.write(Path(folder), snapshot, {"step": step, "eval_loss_before": eval_before})
-            hooks.save(step, Path(folder))
+    def __init__(self) -> None:
+        self.tokens = self.rows = 0
+        self._since = time.perf_counter()
 
-    pass_tokens = PASS_TOKENS.get(device.torch_device.type)
-    step, saved_step, stopped = state["step"], state["step"], False
-    since, tokens, samples = time.perf_counter(), 0, 0
-    for step in traced(range(first_step, total_steps + 1), profile):
-        learning_rate = h.learning_rate * schedule(
-            step - 1, total_steps, warmup_ratio=h.warmup_ratio, kind=advanced.lr_scheduler_type
-        )
-        batch = plan.rows(step)
-        trained = sum(int(rows.trained(row)[1:].sum()) for row in batch)
-        if unpacked:
-            passes = plan.padded(step, worker.rank)
-        else:
-            shared_tokens = shared_beginning([rows.ids(row) for row in batch], device.torch_device)
-            passes = plan.packed(step, worker.rank, pass_tokens, shared_tokens)
-        if not shared.in_step:
-            passes = [share for share in passes if share]
-        ran_out = False
-        try:
-            for number, share in enumerate(passes):
-                if h.lora_dropout > 0:
-                    torch.manual_seed(hash((seed, step, worker.rank, number)) & 0x7FFFFFFF)
-                # Without rows of its own, a worker goes along with one that counts nothing.
-                given = make_pass(rows, share or batch[-1:], device.torch_device)
-                weight = 1 / max(1, trained) if share else 0.0
-                shared.backward(given, weight, last=number == len(passes) - 1)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            ran_out = True
-        if ran_out:  # here the error holds no tensor any more
-            raise _does_not_fit(model, given, h, may_try=device.torch_device.type != "cpu" and not shared.in_step)
-        grad_norm = shared.step(step, learning_rate, wishes_stop=hooks.should_stop())
+    def add(self, *, tokens: int, rows: int) -> None:
+        self.tokens += tokens
+        self.rows += rows
 
-        tokens += int(rows.lengths[batch].sum())
-        samples += len(batch)
-        # Asking the device makes the host wait for it.
-        if step % min(h.logging_steps, STOP_STEPS) == 0:
-            stopped = bool(shared.stop.item() > 0) and step < total_steps
-        is_last = step == total_steps or stopped
-        is_reported, is_saved = step % h.logging_steps == 0, step % h.save_steps == 0
-        if (is_reported or is_saved or is_last) and (broken := shared.broken_step()):
-            raise _not_finite(broken, plan.rows(broken), saved_step)
-        if is_reported or is_last:
-            elapsed_s = time.perf_counter() - since
-            hooks.report(
-                step,
-                {
-                    "loss": float(shared.loss),
-                    "learning_rate": learning_rate,
-                    "grad_norm": float(grad_norm),
-                    "tokens_per_s_per_card": tokens / elapsed_s / worker.world_size,
-                    "throughput": samples / elapsed_s * h.max_seq_length / worker.world_size,
-                },
-            )
-            since, tokens, samples = time.perf_counter(), 0, 0
-        if is_saved or is_last:
-            paused = time.perf_counter()
-            # First, for whoever goes on from the checkpoint evaluates it no more.
-            if step < total_steps and not stopped and evaluate_at(step) is not None:
-                hooks.phase("train", {})
-            save(step)
-            saved_step = step
-            since += time.perf_counter() - paused
-        if stopped:
-            break
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._since
 
-    eval_after = None if stopped else evaluate_at(step)
-    return Outcome(step, total_steps, stopped, eval_before, eval_after, model, shared.snapshot().weights)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside does not count."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
+
+
+def _dropout_seed(seed: int, step: int, rank: int, number: int) -> int:
+    """Of the dropout in pass `number` of a worker's step; the same on every machine."""
+    return int(np.random.SeedSequence((seed, step, rank, number)).generate_state(1)[0])
 
 
 def _does_not_fit(model: Any, given: Pass, h: LoraHyperparameters, *, may_try: bool) -> OutOfMemoryError:
@@ -301,36 +418,3 @@ def schedule(done: int, total: int, *, warmup_ratio: float, kind: str) -> float:
         return done / warmup
     left = (total - done) / max(1, total - warmup)
     return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left)))}[kind]
-
-
-@torch.no_grad()
-def evaluate(
-    shared: Strategy,
-    model: Any,
-    rows: TokenizedRows,
-    device: Device,
-    worker: Worker,
-    should_stop: Callable[[], bool],
-    make_pass: Callable[[TokenizedRows, Sequence[int], torch.device], Pass],
-) -> float | None:
-    """Mean loss per trained token of `rows`, nats, shared among the workers; None where one of them is to stop."""
-    was_training, in_step = model.training, shares_base(model)
-    model.eval()
-    order = np.argsort(-rows.lengths, kind="stable").tolist()
-    total = torch.zeros(3, dtype=torch.float64, device="cpu" if device.backend == "gloo" else device.torch_device)
-    for at in range(0, len(order), worker.world_size * EVAL_BATCH_ROWS):
-        total[2] += should_stop()
-        if total[2] > 0 and not in_step:
-            break
-        mine = at + worker.rank * EVAL_BATCH_ROWS
-        share = order[mine : mine + EVAL_BATCH_ROWS]
-        if share or in_step:
-            given = make_pass(rows, share or order[-1:], device.torch_device)
-            loss = shared.loss_sum(given)
-            if share:
-                total[0] += loss
-                total[1] += len(given.targets)
-    if worker.world_size > 1:
-        dist.all_reduce(total)
-    model.train(was_training)
-    return None if total[2] > 0 else float(total[0] / total[1].clamp(min=1))

@@ -159,7 +159,8 @@ def cache_key(files: Sequence[DataFile], config: EncodingConfig, *, training_typ
 
 def _source(module: str) -> bytes:
     spec = importlib.util.find_spec(module)
-    return Path(spec.origin).read_bytes() if spec is not None and spec.origin is not None else b""
+    assert spec is not None and spec.origin is not None, f"{module} has no source"
+    return Path(spec.origin).read_bytes()
 
 
 def _tasks(files: Sequence[DataFile], config: EncodingConfig, training_type: str) -> Iterator[EncodingTask]:

@@ -3,7 +3,9 @@
    A row's queries are taken BLOCK at a time against all keys before them, so that the scores of a block stay in the
    cache. Every product is made of one kernel: a tile of TILE rows and CHUNK columns, held in registers. What belongs to
    one row and one head of keys is one thread's work, so gradients of keys add up without locks; those of a beginning
-   that rows share are summed at the end, in the rows' order. */
+   that rows share are summed at the end, in the rows' order.
+
+   Every function that is called from outside returns 0, or 1 where memory ran out: what it made is not to be used then. */
 
 #include <math.h>
 #include <stdint.h>
@@ -169,11 +171,13 @@ static float exponentials(float *weights, int64_t count, int64_t end, float scal
     return sum;
 }
 
-static void forward_row(states q, states k, states v, states out, float *logsumexp, row r, int64_t kv_head,
-                        int64_t heads, int64_t group, int64_t width, float scale) {
+/* 1 where memory ran out, as `backward_row`. */
+static int forward_row(states q, states k, states v, states out, float *logsumexp, row r, int64_t kv_head,
+                       int64_t heads, int64_t group, int64_t width, float scale) {
     const int64_t wide = padded(r.length), base = r.start - r.shared;
-    float *keys = malloc(sizeof(float) * (2 * width + BLOCK) * wide), *values = keys + width * wide;
-    float *scores = values + width * wide;
+    float *keys = malloc(sizeof(float) * (2 * width + BLOCK) * wide);
+    if (keys == NULL) return 1;
+    float *values = keys + width * wide, *scores = values + width * wide;
     collect(k, kv_head, r, width, values);
     transpose(values, r.length, width, keys);
     collect(v, kv_head, r, width, values);
@@ -198,14 +202,17 @@ static void forward_row(states q, states k, states v, states out, float *logsume
         }
     }
     free(keys);
+    return 0;
 }
 
 /* The gradients of what the row shares go to `shared_k` and `shared_v`, [shared][width]. */
-static void backward_row(states q, states k, states v, states out, states grad, const float *logsumexp, states grad_q,
-                         states grad_k, states grad_v, float *shared_k, float *shared_v, row r, int64_t kv_head,
-                         int64_t heads, int64_t group, int64_t width, float scale) {
+static int backward_row(states q, states k, states v, states out, states grad, const float *logsumexp, states grad_q,
+                        states grad_k, states grad_v, float *shared_k, float *shared_v, row r, int64_t kv_head,
+                        int64_t heads, int64_t group, int64_t width, float scale) {
     const int64_t wide = padded(r.length), base = r.start - r.shared, size = width * wide;
-    float *keys = malloc(sizeof(float) * (5 * size + 2 * BLOCK * wide)), *keys_across = keys + size;
+    float *keys = malloc(sizeof(float) * (5 * size + 2 * BLOCK * wide));
+    if (keys == NULL) return 1;
+    float *keys_across = keys + size;
     float *values_across = keys + 2 * size, *to_keys = keys + 3 * size, *to_values = keys + 4 * size;
     float *weights = keys + 5 * size, *grads = weights + BLOCK * wide;
     collect(v, kv_head, r, width, keys);
@@ -239,35 +246,41 @@ static void backward_row(states q, states k, states v, states out, states grad, 
         memcpy(place(grad_v, kv_head, base + i), to_values + i * width, sizeof(float) * width);
     }
     free(keys);
+    return 0;
 }
 
 /* `places` are head and token strides of q, k, v and out; `logsumexp` is [tokens][heads]. LANES divides `width`. */
-void forward(const int64_t *places, float *q, float *k, float *v, float *out, float *logsumexp, const int32_t *offsets,
-             int64_t rows, int64_t heads, int64_t kv_heads, int64_t width, float scale, int threads) {
+int forward(const int64_t *places, float *q, float *k, float *v, float *out, float *logsumexp, const int32_t *offsets,
+            int64_t rows, int64_t heads, int64_t kv_heads, int64_t width, float scale, int threads) {
     const states all[4] = {{q, places[0], places[1]}, {k, places[2], places[3]}, {v, places[4], places[5]},
                            {out, places[6], places[7]}};
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    int ran_out = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(| : ran_out)
     for (int64_t task = 0; task < tasks_of(offsets, rows, kv_heads); task++)
-        forward_row(all[0], all[1], all[2], all[3], logsumexp, row_of(offsets, rows, task / kv_heads), task % kv_heads,
-                    heads, heads / kv_heads, width, scale);
+        ran_out |= forward_row(all[0], all[1], all[2], all[3], logsumexp, row_of(offsets, rows, task / kv_heads),
+                               task % kv_heads, heads, heads / kv_heads, width, scale);
+    return ran_out;
 }
 
 /* As `forward`; `places` go on with grad, grad_q, grad_k and grad_v. */
-void backward(const int64_t *places, float *q, float *k, float *v, float *out, float *logsumexp, float *grad,
-              float *grad_q, float *grad_k, float *grad_v, const int32_t *offsets, int64_t rows, int64_t heads,
-              int64_t kv_heads, int64_t width, float scale, int threads) {
+int backward(const int64_t *places, float *q, float *k, float *v, float *out, float *logsumexp, float *grad,
+             float *grad_q, float *grad_k, float *grad_v, const int32_t *offsets, int64_t rows, int64_t heads,
+             int64_t kv_heads, int64_t width, float scale, int threads) {
     float *data[8] = {q, k, v, out, grad, grad_q, grad_k, grad_v};
     const int64_t tasks = tasks_of(offsets, rows, kv_heads), size = offsets[0] * width;
     states all[8];
     for (int s = 0; s < 8; s++) all[s] = (states){data[s], places[2 * s], places[2 * s + 1]};
-    float *shared_k = malloc(sizeof(float) * 2 * tasks * size + 1), *shared_v = shared_k + tasks * size;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    float *shared_k = malloc(sizeof(float) * 2 * tasks * size + 1);
+    if (shared_k == NULL) return 1;
+    float *shared_v = shared_k + tasks * size;
+    int ran_out = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(| : ran_out)
     for (int64_t task = 0; task < tasks; task++)
-        backward_row(all[0], all[1], all[2], all[3], all[4], logsumexp, all[5], all[6], all[7], shared_k + task * size,
-                     shared_v + task * size, row_of(offsets, rows, task / kv_heads), task % kv_heads, heads,
-                     heads / kv_heads, width, scale);
+        ran_out |= backward_row(all[0], all[1], all[2], all[3], all[4], logsumexp, all[5], all[6], all[7],
+                                shared_k + task * size, shared_v + task * size, row_of(offsets, rows, task / kv_heads),
+                                task % kv_heads, heads, heads / kv_heads, width, scale);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < offsets[0]; i++)
+    for (int64_t i = 0; i < (ran_out ? 0 : offsets[0]); i++)
         for (int64_t task = 0; task < rows * kv_heads; task++) {
             float *to_k = place(all[6], task % kv_heads, i), *to_v = place(all[7], task % kv_heads, i);
             for (int64_t w = 0; w < width; w++) {
@@ -276,6 +289,7 @@ void backward(const int64_t *places, float *q, float *k, float *v, float *out, f
             }
         }
     free(shared_k);
+    return ran_out;
 }
 
 /* narrow[token][0..ranks) = x[token] · a[0..ranks) for `tokens` tokens; both counts are known when compiled. */
@@ -306,28 +320,31 @@ static void narrow_some(float *narrow, const float *x, const float *a, int64_t t
 }
 
 /* narrow [tokens][rank] = x [tokens][columns] · a [rank][columns], transposed. LANES divides `columns`. */
-void narrow_down(float *narrow, const float *x, const float *a, int64_t tokens, int64_t rank, int64_t columns,
-                 int threads) {
+int narrow_down(float *narrow, const float *x, const float *a, int64_t tokens, int64_t rank, int64_t columns,
+                int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t += FEW)
         narrow_some(narrow + t * rank, x + t * columns, a, least(FEW, tokens - t), rank, columns);
+    return 0;
 }
 
 /* y [tokens][columns] += narrow [tokens][rank] · wide [rank][columns]. LANES divides `columns`. */
-void add_widened(float *y, const float *narrow, const float *wide, int64_t tokens, int64_t rank, int64_t columns,
-                 int threads) {
+int add_widened(float *y, const float *narrow, const float *wide, int64_t tokens, int64_t rank, int64_t columns,
+                int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < tokens; i += TILE)
         product((int)least(TILE, tokens - i), columns, rank, (matrix){narrow + i * rank, rank, 1}, wide, columns,
                 y + i * columns, columns, 1);
+    return 0;
 }
 
 /* sum [rank][columns] = low [tokens][rank], transposed, · x [tokens][columns]; and, where `a` is given, on the same way
    through x, narrow [tokens][rank] = x · a [rank][columns], transposed. LANES divides `columns`. */
-void sum_over_tokens(float *sum, const float *low, const float *x, float *narrow, const float *a, int64_t tokens,
-                     int64_t rank, int64_t columns, int threads) {
+int sum_over_tokens(float *sum, const float *low, const float *x, float *narrow, const float *a, int64_t tokens,
+                    int64_t rank, int64_t columns, int threads) {
     const int64_t size = rank * columns, share = (tokens + threads - 1) / threads;
     float *sums = calloc(threads * size, sizeof(float));
+    if (sums == NULL) return 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t thread = 0; thread < threads; thread++)
         for (int64_t t = thread * share; t < least(tokens, (thread + 1) * share); t += FEW) {
@@ -342,4 +359,5 @@ void sum_over_tokens(float *sum, const float *low, const float *x, float *narrow
         for (int64_t thread = 1; thread < threads; thread++) sum[i] += sums[thread * size + i];
     }
     free(sums);
+    return 0;
 }

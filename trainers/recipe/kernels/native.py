@@ -2,12 +2,14 @@
 
 torch's own attention and thin products multiply by a library that is slow where the processor is not Intel's
 (`matmul.py`), and it attends to packed rows one at a time; here attention is three to four times as fast, thin
-products twice. It needs a C compiler with OpenMP; the pool of threads is torch's own.
+products twice. It needs a C compiler with OpenMP; the pool of threads is torch's own. Where memory runs out, all of it
+raises MemoryError.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shlex
 import subprocess
@@ -28,6 +30,8 @@ FLAGS = (
 LANES = 16
 """What divides the columns of every matrix here, and the width of heads."""
 
+logger = logging.getLogger(__name__)
+
 
 def fits(columns: int, *given: torch.Tensor) -> bool:
     """Whether tensors of so many columns can be given to what is here."""
@@ -37,9 +41,12 @@ def fits(columns: int, *given: torch.Tensor) -> bool:
 
 @cache
 def why_missing() -> str | None:
-    """Why nothing here can be used on this machine; None where it can."""
+    """Why nothing here can be used on this machine, which is logged once; None where it can."""
     library = _library()
-    return library if isinstance(library, str) else None
+    if not isinstance(library, str):
+        return None
+    logger.warning("attention and thin products are torch's own, which are several times slower: %s", library)
+    return library
 
 
 def attend(
@@ -125,9 +132,13 @@ def _thin(name: str, given: Sequence[torch.Tensor | None], narrow: torch.Tensor,
 
 
 def _call(name: str, *given: Any) -> None:
-    """Tensors are given by their address, whole numbers as int64_t; behind them the number of threads."""
+    """Tensors are given by their address, whole numbers as int64_t; behind them the number of threads.
+
+    MemoryError where memory ran out.
+    """
     library: Any = _library()
-    library[name](*map(_as_c, given), torch.get_num_threads())
+    if library[name](*map(_as_c, given), torch.get_num_threads()):
+        raise MemoryError(f"memory ran out in {name} of {SOURCE.name}")
 
 
 def _as_c(given: Any) -> Any:
