@@ -20,7 +20,7 @@ WIDE = Bounds(files=100, file_bytes=1 << 20, total_bytes=1 << 21)
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "api_token").write_text("secret")
+    (tmp_path / "home" / "api_token").write_text("secret!!")
     return Settings.from_env({"TUNESMITH_HOME": str(tmp_path / "home")})
 
 
@@ -85,10 +85,14 @@ def test_a_parent_that_became_a_link_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "source_changed"
 
 
-def test_the_home_is_never_copied_under_another_name(settings: Settings, tmp_path: Path) -> None:
+def test_the_home_is_never_copied_under_another_name(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path / "data", a=b"1")
     settings.home.rename(tmp_path / "data" / "home")
     settings.home.symlink_to(tmp_path / "data" / "home")
+    # As if it had been moved there after the check.
+    monkeypatch.setattr(sources, "check_source", lambda source, settings: source)
     with pytest.raises(SpecError) as caught:
         copy(tmp_path / "data", settings, tmp_path / "out")
     assert caught.value.code == "source_not_allowed"
