@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.reconciler.scheduler import REGISTRATIONS
 from tests.support.stage import FakeDriver, Stage
 
 
@@ -67,9 +68,11 @@ def test_a_job_that_never_fits_says_so_and_holds_nobody_back(stage: Stage) -> No
 
 def test_registrations_wait_for_each_other_alone(stage: Stage) -> None:
     stage.order(cards=2)
-    registrations = [stage.order(kind="register", name=f"d{number}", source="/x") for number in range(3)]
+    registrations = [
+        stage.order(kind="register", name=f"d{number}", source="/x") for number in range(REGISTRATIONS + 1)
+    ]
     stage.rounds()
-    assert [stage.status(record)[0] for record in registrations] == ["preparing", "preparing", "queued"]
+    assert [stage.status(record)[0] for record in registrations] == [*["preparing"] * REGISTRATIONS, "queued"]
     finish(stage, registrations[0].id)
     stage.rounds(2)
-    assert stage.status(registrations[2])[0] == "preparing"
+    assert stage.status(registrations[-1])[0] == "preparing"
