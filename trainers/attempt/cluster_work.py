@@ -76,7 +76,11 @@ def run_on_cluster(
     `listen` is called all the while and may raise what ends it: then the task is killed. Raises what the work raised,
     and UnavailableError where the process that did it was lost. A driver outside of a cluster does the work itself.
     """
-    stream = _on_cluster(work, name, needs, events, listen) if _is_on_cluster() else _here(work, listen)
+    stream = (
+        _on_cluster(work, name=name, needs=needs, events=events, listen=listen)
+        if _is_on_cluster()
+        else _here(work, listen)
+    )
     with closing(stream):
         for item in stream:
             if isinstance(item, _Told):
@@ -111,6 +115,7 @@ def _here(work: Callable[[Callable[[Any], None]], T], listen: Callable[[], None]
 
 def _on_cluster(
     work: Callable[[Callable[[Any], None]], T],
+    *,
     name: str,
     needs: Needs,
     events: EventWriter,
