@@ -35,7 +35,7 @@ class BatchPlan:
         return found
 
     def padded(self, step: int, rank: int) -> list[list[int]]:
-        """The forward passes of one worker where rows are padded: rows of like length together.
+        """The forward passes of one worker where rows are padded: rows of similar length come together.
 
         A pass may be empty at the end of the data.
         """
@@ -44,9 +44,10 @@ class BatchPlan:
         return passes[rank :: self._world_size]
 
     def packed(self, step: int, rank: int, tokens: int | None, shared: int = 0) -> list[list[int]]:
-        """The forward passes of one worker where rows are packed: workers, and passes, of like numbers of tokens.
+        """The forward passes of one worker where rows are packed: workers and passes get similar numbers of tokens.
 
-        They are of about `tokens` at most, where that takes more passes than are asked for; as many for every worker.
+        A pass has about `tokens` at most, even if that takes more passes than were asked for, the same number for each
+        worker.
         The `shared` tokens that all rows of the step begin with, and that each pass has once, are not counted.
         """
         shares = self._dealt(self.rows(step), self._world_size, shared)
@@ -54,7 +55,7 @@ class BatchPlan:
         return self._dealt(shares[rank], max(self._passes, 0 if tokens is None else -(-most // tokens)), shared)
 
     def _dealt(self, rows: Sequence[int], hands: int, shared: int) -> list[list[int]]:
-        """Each row, longest first, to the hand with the fewest tokens, less the shared ones."""
+        """Deal the rows out, longest first: each to the hand with the fewest tokens, the shared ones not counted."""
         dealt: list[list[int]] = [[] for _ in range(hands)]
         held = [0] * hands
         for row in rows:

@@ -1,4 +1,4 @@
-"""Checkpoints: what their folder holds, and how it gets to storage and back."""
+"""Checkpoints: what the folder of one holds, and how it is written and read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MOMENTS = "optimizer.safetensors"
 
 
 class CheckpointWriter:
-    """Writes everything needed to go on: the adapter in peft's form, the optimizer's moments, and the state.
+    """Writes everything needed to go on: the adapter in peft's format, the optimizer's moments, and the state.
 
-    What `save_adapter` works out anew each time, most of what writing one takes, is made once.
+    What `save_adapter` works out again each time, which is most of the work of writing one, is worked out once.
     """
 
     def __init__(self, model: Any) -> None:
@@ -44,7 +44,7 @@ class CheckpointWriter:
 
 
 def load_moments(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The moments of a checkpoint, and its state; its adapter is one for `load_adapter`, in `adapter/`."""
+    """The moments of a checkpoint, and its state. `load_adapter` reads the adapter, which lies in `adapter/`."""
     from safetensors.torch import load_file
 
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
@@ -52,12 +52,12 @@ def load_moments(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 def save_adapter(folder: Path, model: Any, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write the model's adapter in peft's form, with `weights` by their names in the model."""
+    """Write the model's adapter in peft's format; `weights` are given by their names in the model."""
     model.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
 
 
 def load_adapter(folder: Path, model: Any) -> None:
-    """Put the weights of an adapter, in peft's form, in place; ModelError where they are not those of this model's."""
+    """Load the weights of an adapter in peft's format. Raises ModelError where they do not fit this model's adapter."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 

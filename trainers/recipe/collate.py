@@ -13,7 +13,7 @@ from trainers.text.shards import TokenizedRows
 
 @dataclass(frozen=True)
 class Pass:
-    """Rows on their way through the model, and what is wanted of them."""
+    """The rows of a forward pass, and what is trained of them."""
 
     ids: torch.Tensor
     """Token ids, int64: [1, tokens] where rows are packed, [rows, longest] where they are padded at the right."""
@@ -33,38 +33,38 @@ class Pass:
 
     @property
     def tokens(self) -> int:
-        """Those that the pass computes, padding included."""
+        """The number of tokens that the pass computes, padding included."""
         return self.ids.numel()
 
 
 def pack(rows: TokenizedRows, share: Sequence[int], device: torch.device) -> Pass:
-    """The rows end to end."""
+    """Put the rows end to end."""
     return pack_tokens([rows.ids(row) for row in share], [rows.trained(row) for row in share], device)
 
 
 def pack_tokens(ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], device: torch.device) -> Pass:
-    """Rows, given by their tokens, end to end."""
+    """Put rows, given by their tokens, end to end."""
     return _made(ids, trained, device, padded=False, shared=shared_beginning(ids, device))
 
 
 def pad(rows: TokenizedRows, share: Sequence[int], device: torch.device) -> Pass:
-    """The rows side by side."""
+    """Put the rows side by side, padded at the right."""
     return _made([rows.ids(row) for row in share], [rows.trained(row) for row in share], device, padded=True)
 
 
 def one_row(tokens: int, like: Pass) -> Pass:
-    """One row of so many tokens, all of them trained; packed where `like` is."""
+    """One row of `tokens` tokens, all of them trained. It is packed where `like` is packed."""
     ids = np.arange(tokens) % 2
     return _made([ids], [np.ones(tokens, bool)], like.ids.device, padded=like.offsets is None)
 
 
 def shares_beginnings(device: torch.device) -> bool:
-    """Whether what packed rows begin with is computed once; on accelerators a row's keys have to stand together."""
+    """Whether the tokens that packed rows begin with are computed once. Accelerators need a row's keys contiguous."""
     return device.type == "cpu"
 
 
 def shared_beginning(ids: Sequence[np.ndarray], device: torch.device) -> int:
-    """How many tokens all of these rows begin with, as those of one template do, and a pass on the device has once.
+    """How many tokens all of these rows begin with, as rows of one template do; a pass on the device has them once.
 
     0 for a single row; at least one token of each row is left.
     """

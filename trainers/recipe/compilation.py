@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def why_not_compiled(model: Any, advanced: Advanced, device: torch.device, tokens: int) -> str | None:
-    """Why a run of so many tokens is better off without; None where it is better off compiled."""
+    """Why a run of `tokens` tokens should not be compiled; None where it should."""
     base = model.get_base_model()
     if not _layers(base):
         return "its layers are not known"
@@ -45,9 +45,9 @@ def why_not_compiled(model: Any, advanced: Advanced, device: torch.device, token
 
 
 def compile_layers(model: Any, attempt: Callable[[], object]) -> bool:
-    """Compile each layer of the model, all to the same code, for any number of tokens; whether that went well.
+    """Compile each layer of the model, all to the same code, for any number of tokens. Returns whether that went well.
 
-    `attempt` is one forward and backward pass: where it fails the layers are as they were.
+    `attempt` makes one forward and backward pass. Where it fails, the layers stay as they were.
     """
     base = model.get_base_model()
     for layer in _layers(base):

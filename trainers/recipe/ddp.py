@@ -19,7 +19,7 @@ from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 class Flat:
     """All trained parameters in one tensor, and all gradients in another: one optimizer step, one all-reduce.
 
-    With the gradients go the step's loss and the wish to stop.
+    The step's loss and the wish to stop are reduced together with the gradients.
     """
 
     in_step = False

@@ -32,14 +32,14 @@ def pick_device(local_rank: int = 0) -> Device:
 
 
 def collective_backend(resources: Mapping[str, float]) -> str:
-    """The backend of workers that are given these Ray resources, known before any of them is there."""
+    """The backend of workers that get these Ray resources; it is known before any worker has started."""
     return next((backend for name, backend in (("GPU", "nccl"), ("NPU", "hccl")) if resources.get(name)), "gloo")
 
 
 def keep_freed_memory(device: Device) -> None:
-    """On a CPU, keep memory that is freed for what comes next: every step takes as much as the one before.
+    """On a CPU, keep freed memory for what comes next: every step needs as much as the one before.
 
-    The C library would give it back to the kernel, and each page of it, taken again, costs a page fault.
+    Otherwise the C library gives it back to the kernel, and each page that is taken again costs a page fault.
     """
     if device.torch_device.type != "cpu" or not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""A model on its held-out rows: its answers to what they ask, and how near those come to the expected ones."""
+"""The model on held-out rows: its answers to their prompts, and how close these are to the expected ones."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _PROBE = "\U0010fffd"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What held-out rows ask and how they should be answered, ready for a model; plain text asks nothing."""
+    """The prompts and expected answers of held-out rows, ready for a model. Rows of plain text have none."""
 
     prompts: list[str]
-    """The last words before each answer."""
+    """The last turn before each answer, as text."""
     prompt_ids: list[list[int]]
     """The tokens that the model is given."""
     expected: list[str]
     max_new_tokens: int
-    """Enough for every expected answer; what is much longer is none of them."""
+    """Enough for every expected answer: an answer that is much longer is wrong anyway."""
 
     @classmethod
     def of(
@@ -75,9 +75,9 @@ def answer(
     world_size: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str] | None:
-    """The model's answers to all rows, made by the workers together; each of them calls this, and has them all.
+    """The model's answers to all rows, made by the workers together. Each worker calls this, and gets all answers.
 
-    None, for every worker, once `should_stop` has said so to one of them.
+    Every worker gets None once `should_stop` returned true for one of them.
     """
     share, together = held_out.prompt_ids[rank::world_size], world_size > 1 and shares_base(model)
     if together:  # as many batches for each
@@ -128,9 +128,9 @@ def generate_answers(
 
     A prompt is token ids, one at least. A peft model answers with its adapter, inside `model.disable_adapter()`
     as its base. An answer ends at a token of `stop_ids`, or after `max_new_tokens`, at most half the model's
-    context length; a prompt that is too long beside it loses its beginning. Once `should_stop`, asked at every token,
-    says so, the answers end where they are, and those to come are empty. Workers that share the model's weights make
-    theirs `together`, as many batches each.
+    context length; a prompt that is too long beside it loses its beginning. `should_stop` is asked at every
+    token; once it returns true, answers end where they are, and those that have not begun are empty. Workers that share
+    the model's weights answer `together`: each makes the same number of batches.
     """
     # peft's own generate() writes to the model it wraps; the layers of the adapter are at work in the base as well.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -177,8 +177,8 @@ def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]
     """`bleu`, `rouge1`, `rouge2` and `rougeL` of the answers, each 0 to 100.
 
     BLEU is that of the whole corpus (Papineni et al., 2002; Post, 2018), ROUGE the mean of the rows' F-measures
-    (Lin, 2004). Chinese characters count as words in both, so that no dictionary has a say. Raises ValueError where
-    there is nothing to score.
+    (Lin, 2004). Chinese characters count as words in both, so that the scores depend on no dictionary. Raises
+    ValueError where there is nothing to score.
     """
     from sacrebleu.metrics.bleu import BLEU
     from torchmetrics.functional.text.rouge import rouge_score
@@ -195,13 +195,13 @@ def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]
 
 
 def perplexity(loss: float) -> float:
-    """e to the mean loss per token; the largest number there is where that is too large for one."""
+    """e to the power of the mean loss per token, or the largest float where that is too large for one."""
     return math.exp(min(loss, 709.0))
 
 
 @contextmanager
 def _answering(model: Any, new_tokens: int, stops: list[int]) -> Iterator[Any]:
-    """The model ready to answer greedily; yields the generation config. Mode and config are put back."""
+    """Make the model ready to answer greedily, and yield the generation config. Mode and config are restored."""
     from transformers import GenerationConfig
 
     # The model's own (temperature, repetition penalty, ...) would fill in whatever this one leaves out.
@@ -236,7 +236,7 @@ def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[t
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The first token with a meaning of its own that the chat template puts behind an answer."""
+    """The first control token that the chat template puts after an answer."""
     from jinja2.exceptions import TemplateError
 
     if tokenizer.chat_template is None:

@@ -1,4 +1,4 @@
-"""Memory that runs out: known for what it is, and what would fit found by trying."""
+"""Memory that runs out: recognised as such, and the largest pass that fits is found by trying."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _STATUS = Path("/proc/self/status")
 SMALLEST_PASS = 8
 """Tokens of the smallest pass that is tried: the smallest `max_seq_length`."""
 _WORDS = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could not create a primitive")
-"""What torch and oneDNN have for it on a CPU, where there is no error of its own."""
+"""What torch and oneDNN say of it on a CPU, where it has no error class of its own."""
 
 
 def limit(size: int) -> None:
-    """Let this process have `size` bytes of memory of its own; what it asks for beyond is refused, and fails.
+    """Let this process have at most `size` bytes of memory of its own; allocations beyond that fail.
 
-    What it has asked for and not used until now does not count. Only on Linux, which counts it.
+    Memory that it has allocated and not touched so far does not count. Only on Linux, which keeps count of it.
     """
     if not _STATUS.exists():
         return
@@ -44,7 +44,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def largest_pass(attempt: Callable[[int], None], tokens: int) -> int:
-    """Tokens of a forward and backward pass that `attempt` can make: below `tokens`, halved until it fits; else 0."""
+    """Tokens of a forward and backward pass that `attempt` can make: `tokens` halved until it fits, or 0."""
     while (tokens := tokens // 2) >= SMALLEST_PASS:
         gc.collect()
         try:

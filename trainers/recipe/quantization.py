@@ -1,4 +1,4 @@
-"""A frozen base of 4 or 8 bits a weight (Dettmers et al., "QLoRA", 2023): packed as it is loaded, unpacked to multiply.
+"""A frozen base of 4 or 8 bits a weight (Dettmers et al., "QLoRA", 2023): packed when loaded, unpacked to multiply.
 
 bitsandbytes packs: 4 bits are its NormalFloat with a scale for each 64 weights, 8 bits whole numbers with a scale for
 each row. Its own layers are not used: they round activations too, by what else is in the batch (8 bits), and on some
@@ -23,10 +23,10 @@ BLOCK = 64
 
 
 def load_quantized(folder: Path, bits: int, dtype: torch.dtype, device: Device) -> Any:
-    """The base of transformers with its linear layers quantized, on the device; embeddings and head are as they were.
+    """The base model on the device, its linear layers quantized; embeddings and head keep their precision.
 
-    Each weight is packed as it is read, so that the model is never there in full. ModelError for a model without
-    layers to quantize, or one whose files are quantized already.
+    Each weight is packed when it is read, so the model is never in memory in full precision. Raises ModelError for
+    a model without layers to quantize, or one whose files are quantized already.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig

@@ -1,4 +1,4 @@
-"""How workers share a run: what the recipe asks of a strategy, and which one a run takes."""
+"""Which strategy a run takes: how its workers share the work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose(wished: str, model: Any, worker: Worker, device: Device, *, quantized: bool = False) -> str:
-    """The strategy of a run that wished for `wished`; the rule of `auto` is in docs/strategies.md."""
+    """The strategy of a run that asked for `wished`; docs/strategies.md has the rule of `auto`."""
     if wished != "auto":
         return wished
     if worker.world_size == 1:
@@ -37,7 +37,7 @@ def strategy(
     worker: Worker,
     device: Device,
 ) -> Strategy:
-    """The strategy called `name`, with the model's parameters taken over; the model is moved to the device."""
+    """The strategy called `name`, which takes the model's parameters over and moves the model to the device."""
     if name == "ddp":
         from trainers.recipe.ddp import Flat
 

@@ -19,7 +19,7 @@ SHARE_BASE = ("zero3", "zero3_offload")
 
 @dataclass(frozen=True)
 class Worker:
-    """This process among those of the run; above one, torch.distributed is set up already."""
+    """This process among the workers of the run; where there are several, torch.distributed is set up already."""
 
     rank: int = 0
     world_size: int = 1
@@ -40,7 +40,7 @@ class Strategy(Protocol):
     """The trained parameters of one worker and what updates them, beside those of the other workers."""
 
     in_step: bool
-    """Whether every worker must make as many passes in a step as the others, for they meet in each."""
+    """Whether every worker must make as many passes in a step as the others, because they meet in each pass."""
     loss: torch.Tensor
     """Mean loss of the step's global batch, after `step`; the wish of any worker to stop is in `stop` then."""
     stop: torch.Tensor
@@ -98,5 +98,5 @@ def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def shares_base(model: Any) -> bool:
-    """Whether this worker holds only a piece of the model's weights: its forward passes are made by all together."""
+    """Whether this worker holds only a piece of the model's weights: then all make every forward pass together."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch.profiler
 
 BEFORE, RECORDED = 2, 3
-"""Steps before the recorded ones, and of these."""
+"""Steps before the recorded ones, and recorded steps."""
 
 
 def traced(steps: Iterable[int], path: Path | None) -> Iterator[int]:
-    """`steps` as they are; what the third to the fifth do, on the host and on its accelerator, is written to `path`.
+    """Yield `steps`. What the third to the fifth do, on the host and its accelerator, is written to `path`.
 
     A run that ends before the third step writes nothing.
     """

@@ -1,4 +1,4 @@
-"""The LoRA recipe, top to bottom. It knows tensors, a config and a few callables; it runs with or without Ray.
+"""The LoRA recipe, from top to bottom. It knows tensors, hyperparameters and a few callables, and no Ray.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); the adapter is peft's.
 """
@@ -40,9 +40,9 @@ PASS_TOKENS = {"cpu": 1536}
 
 Where the device is not named the passes are those that the user asks for."""
 STOP_STEPS = 10
-"""Steps at most from one look at the wish to stop to the next."""
+"""After so many steps at most the recipe looks again whether it should stop."""
 SHOWN_ROWS = 64
-"""Rows of a step that an error names."""
+"""So many rows of a step an error names at most."""
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +56,18 @@ class LossError(TunesmithError):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the recipe tells the outside, on every worker alike, at the same steps."""
+    """How the recipe speaks to its caller. Every worker calls them at the same steps."""
 
     report: Callable[[int, Mapping[str, float]], None]
-    """Step and metrics: every `logging_steps`, and for the held-out loss before and after."""
+    """Takes step and metrics: every `logging_steps`, and whenever the held-out loss is known."""
     save: Callable[[int, Path | None], None]
-    """Step, and on rank 0 a folder that is a whole checkpoint and is gone after the call."""
+    """Takes the step, and on rank 0 the folder of a whole checkpoint, which is gone after the call."""
     should_stop: Callable[[], bool]
-    """Asked at every step border and in evaluations; one worker's yes stops all, after a checkpoint."""
+    """Asked after every step and in evaluations. Where one worker's returns true, all stop after a checkpoint."""
     phase: Callable[[str, Mapping[str, int]], None] = lambda name, data: None
-    """`evaluate`, or `train`, at its beginning with `total_steps` and `first_step`."""
+    """Takes `evaluate`, or `train`; at the beginning with `total_steps` and `first_step`."""
     evaluated: Callable[[int, Any, float], None] = lambda step, model, loss: None
-    """Step, model and held-out loss: before the training, before checkpoints, at the end. Leaves the model alone."""
+    """Takes step, model and held-out loss: before training, before checkpoints, at the end. Changes no weight."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def train(
     The loss of a step is the mean over the trained tokens of its global batch, so the split into rows, passes and
     workers does not matter. `start_from` is the folder of an adapter that the run begins with, `resume_from` a
     checkpoint's; steps, rows and dropout are functions of seed and step, so nothing else needs to be kept.
-    The model's layers are `compiled` where that pays, unless it is said. `profile` is a file for a trace of some steps.
+    `compiled` says whether layers are compiled; None: where that pays. `profile` is a file for a trace of some steps.
     """
     h, device = hyperparameters, pick_device(worker.local_rank)
     model = load_model(model_folder, h, advanced, device)
@@ -323,7 +323,7 @@ class _Run:
         }
 
     def _save(self, step: int, *, evaluated_first: bool) -> None:
-        """Save a checkpoint. It is evaluated before: whoever goes on from it evaluates it no more."""
+        """Save a checkpoint. It is evaluated before, because a run that goes on from it does not evaluate it again."""
         if evaluated_first and self._evaluate(step) is not None:
             self.hooks.phase("train", {})
         snapshot = self.shared.snapshot()
@@ -358,7 +358,7 @@ class _Run:
 
 
 class _Meter:
-    """What was trained since its making, and the time that this took."""
+    """Counts what was trained since it was made, and the time that this took."""
 
     def __init__(self) -> None:
         self.tokens = self.rows = 0
@@ -373,28 +373,28 @@ class _Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside does not count."""
+        """The time that is spent inside does not count."""
         begun = time.perf_counter()
         yield
         self._since += time.perf_counter() - begun
 
 
 def _dropout_seed(seed: int, step: int, rank: int, number: int) -> int:
-    """Of the dropout in pass `number` of a worker's step; the same on every machine."""
+    """The seed of dropout in pass `number` of a worker's step: the same on every machine and interpreter."""
     return int(np.random.SeedSequence((seed, step, rank, number)).generate_state(1)[0])
 
 
 def _does_not_fit(model: Any, given: Pass, h: LoraHyperparameters, *, may_try: bool) -> OutOfMemoryError:
-    """What is to be said of a pass that took too much memory; where it can be, smaller ones are tried.
+    """The error for a pass that took too much memory; with `may_try`, smaller ones are tried to say what fits.
 
-    Not where workers make each pass together; nor on a CPU, where oneDNN makes nothing more after such a failure.
+    They cannot be tried where workers make passes together, nor on a CPU, where oneDNN fails from then on.
     """
     fits = largest_pass(lambda tokens: _try_pass(model, given, tokens), given.tokens) if may_try else None
     return does_not_fit(given.tokens, fits, h, str(given.ids.device))
 
 
 def _try_pass(model: Any, like: Pass, tokens: int) -> None:
-    """A forward and backward pass of one row of so many tokens, all of them trained."""
+    """Make a forward and backward pass of one row of `tokens` tokens, all of them trained."""
     if like.ids.device.type == "cuda":
         torch.cuda.empty_cache()
     row = one_row(tokens, like)

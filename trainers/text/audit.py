@@ -1,4 +1,4 @@
-"""The mask audit: before any training, the tokens are decoded and held against what was asked and answered.
+"""The mask audit: before any training, the tokens are decoded and compared with what was asked and answered.
 
 It does not trust the code that made the tokens: prompts are compared with what the tokenizer's own template method
 gives, answers with the rows' text.
@@ -28,7 +28,7 @@ SHOWN_ROWS = 5
 SHOWN_CHARACTERS = 1200
 """A longer piece of a row is shown without its middle."""
 SHARE = 0.01
-"""Rows that may be wrong before the job is refused; one wrong row in a few is none too many to tell."""
+"""The share of rows that may be wrong before the job is refused."""
 
 
 def audit(
@@ -158,7 +158,7 @@ class _Checker:
         return _Check(off=not right, merged=merged, end=self._decode(answer[-1:]) if ends else "")
 
     def _is_prompt(self, before: list[int], prompt: list[int], *, cut: bool) -> bool:
-        """Whether the row has, before the answer, what the model is given to answer it, or the end of that."""
+        """Whether the row has, before the answer, the prompt that the model gets, or where it was cut the end of it."""
         if before == prompt:
             return True
         if cut and len(before) < len(prompt):
@@ -168,7 +168,7 @@ class _Checker:
         return self._with_history and self._decode(before) == self._decode(prompt)
 
     def _is_stock(self, example: Example, prompt: list[int]) -> bool:
-        """Whether the tokenizer's own method gives the same prompt; it takes control tokens in data at their word."""
+        """Whether the tokenizer's own method gives the same prompt. It takes control tokens in data for real ones."""
         texts = [turn.text for turn in example.turns[:-1]]
         if not self._encoder.template.chat or any(self._control.hide(text) != text for text in texts):
             return True
@@ -193,7 +193,7 @@ class _Checker:
         return wanted in got or any(wanted[n:] in got for n in opened)
 
     def _reads_as(self, example: Example, ids: list[int]) -> bool:
-        """Whether the row reads as its text does when it is tokenised in one, to the last space."""
+        """Whether the row decodes to the same text as its whole text tokenised at once, to the last space."""
         template = self._encoder.template
         text = "".join(template.control.show(piece.text) for piece in template.pieces(example))
         whole = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -225,5 +225,5 @@ def _shortened(text: str) -> str:
 
 
 def _squeezed(text: str) -> str:
-    """`text` without white space, and in the one form that tokenizers bring characters to."""
+    """`text` without white space, normalised as tokenizers normalise characters."""
     return "".join(unicodedata.normalize("NFKC", text).split())

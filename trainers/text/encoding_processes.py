@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodingConfig:
-    """What rows are encoded by; it pickles."""
+    """What rows are encoded with. It can be pickled."""
 
     tokenizer: Any
     hyperparameters: EncodingHyperparameters
@@ -92,8 +92,8 @@ def encode_in_processes(
 ) -> Generator[Batch, None, None]:
     """The batches of `tasks` in their order, made by `processes` processes; a few blocks are held at a time.
 
-    Raises what encoding raised, WorkerLostError where a process was killed. However this process ends, its helpers end
-    too: what they read from is closed.
+    Raises what encoding raised, or WorkerLostError where a process was killed. However this process ends, its helpers
+    end too, because the pipe that they read from is closed.
     """
     window: deque[Future[Batch]] = deque()
     with _helpers(config, processes) as idle, ThreadPoolExecutor(processes) as threads:

@@ -120,7 +120,7 @@ class ShardWriter:
         self._closed(self._folder / self.shards[-1].name)
 
     def abandon(self) -> None:
-        """Let the open shard's file go."""
+        """Close the open shard's file without finishing it."""
         if self._file is not None:
             self._file.close()
         self._file, self._writer, self._rows = None, None, 0
@@ -130,7 +130,7 @@ class ShardWriter:
 
 
 class TokenizedRows:
-    """Rows ready for training, by their number. Of each its length is held in memory; the rest stays in the files."""
+    """Rows ready for training, by their number. Their lengths are held in memory; the rest stays in the files."""
 
     def __init__(self, parts: Sequence[_Part], counts: AuditCounts) -> None:
         self.report = counts
@@ -199,7 +199,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Column:
-    """Values that lie one behind the other in a file, read slice by slice.
+    """Values that lie one after another in a file, read slice by slice.
 
     Not mapped into memory: a look at one value of a mapped file may take in a megabyte around it, which counts as the
     process's own.

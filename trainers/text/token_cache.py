@@ -44,7 +44,7 @@ class CacheManifest(Frozen):
 
 
 class TokenCache:
-    """The place of one key."""
+    """The tokenised rows of one key: read where they are stored, or made and stored."""
 
     def __init__(self, storage: Storage, node: Path, key: str) -> None:
         """`node` is the folder of this node's own copies and locks."""
@@ -57,7 +57,7 @@ class TokenCache:
         """Whether anything was added to this node's disk."""
 
     def rows(self, batches: Iterable[Batch]) -> TokenizedRows:
-        """What is there, else what `batches` make. One at a time on a node: who comes meanwhile takes what was made."""
+        """The stored rows, or else those of `batches`. On a node one process builds and the others wait for it."""
         if (local := self._storage.local_path(self._folder)) is not None:
             caches.hold(local)
         with _alone(self._node / f"{self._key}.lock") as node:
@@ -105,7 +105,7 @@ class TokenCache:
         return place
 
     def _build(self, batches: Iterable[Batch], node: str | None) -> CacheManifest:
-        """Write the shards and then the manifest; the manifest that stands, be it another builder's."""
+        """Write the shards, then the manifest. Returns the manifest that is valid, which may be another builder's."""
         self.has_added = True
         began = int(time.time())
         builder = f"{node or secrets.token_hex(4)}-{began:012d}-{secrets.token_hex(4)}"

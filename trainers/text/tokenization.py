@@ -48,7 +48,7 @@ _CODE = (
     "tunesmith.assets.json_array",
     "trainers.text.encoding_processes",
 )
-"""Modules that decide which tokens come out: another text of theirs, another key."""
+"""Modules that decide which tokens come out: a change of their source is another key."""
 
 Progress = Callable[[int, int | None], None]
 """Called every few seconds with the rows read and, where it is known, how many there are; may raise to give up."""
@@ -85,8 +85,8 @@ def tokenized(
 ) -> TokenizedRows:
     """The rows of `files` in their order, at most `limit`, from the cache or made now by `processes` (default: cores).
 
-    On one node one builder works at a time, and those that come meanwhile take what it made; a killed one leaves no
-    lock. Raises DataError where no row is left, or with the file and line of a row that is not what it must be.
+    On one node one builder works at a time, and the others wait for its rows; a killed builder leaves no lock. Raises
+    DataError where no row is left, or with the file and line of a row that is not what it must be.
     """
     config = EncodingConfig(tokenizer, hyperparameters, advanced)
     key = cache_key(files, config, training_type=training_type, limit=limit)
@@ -122,7 +122,7 @@ def tokenize_rows(
     training_type: str,
     limit: int | None = None,
 ) -> TokenizedRows:
-    """`rows` tokenised in memory, for a few. DataError as `tokenized`."""
+    """`rows` tokenised in memory, for few of them. Raises DataError as `tokenized` does."""
     held = list(enumerate(rows, start=1))
     columns = dict.fromkeys(name for _, row in held for name in row)
     if hyperparameters.history_field is not None:
@@ -134,7 +134,7 @@ def tokenize_rows(
 
 
 def cache_key(files: Sequence[DataFile], config: EncodingConfig, *, training_type: str, limit: int | None) -> str:
-    """A hash of all that decides which tokens come out."""
+    """A hash of everything that decides which tokens come out."""
     backend = hashlib.sha256(config.tokenizer.backend_tokenizer.to_str().encode())
     parts = {
         "format": FORMAT,
@@ -195,7 +195,7 @@ def _told(batches: Iterator[Batch], progress: Progress | None, total: int | None
 
 
 def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """`batches`, and in their place a DataError where all of them hold no row."""
+    """Yield `batches`. Raises DataError where no row is in any of them."""
     counts = AuditCounts()
     for batch in batches:
         counts += batch.counts

@@ -1,8 +1,8 @@
-"""From turns to text: the model's chat template, or the user's own, with a mark on what is trained.
+"""From turns to text, by the model's chat template or the user's own, with a mark on what is trained.
 
 The rule: a row is trained on what the model sees when it answers. The prompt is what the template gives for the turns
 before the answer with `add_generation_prompt`; the answer follows it, up to and including the end of turn. A template
-that cannot give both is refused: a DataError `template_*`, never a mask that is a little off.
+that cannot give both is refused with a DataError `template_*`; a mask is never slightly wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of a row, tokenised for itself, and whether its tokens are trained."""
+    """Text of a row that is tokenised by itself, and whether its tokens are trained."""
 
     text: str
     trained: bool
@@ -50,7 +50,7 @@ class Template:
         """What the template was seen to put after a last answer."""
 
     def pieces(self, example: Example) -> list[Piece]:
-        """The pieces of an example in turn: a context, then the answer to it, the last answer last."""
+        """The pieces of an example in order: a context, then the answer to it, up to the last answer."""
         turns = example.turns
         if turns[0].role == "text":
             return [Piece("", False), Piece(self.control.ended(self.control.hide(turns[0].text)), True)]
@@ -61,7 +61,7 @@ class Template:
         return self._own_pieces(turns)
 
     def prompt(self, example: Example) -> str:
-        """The text that the model answers: all before the last answer, with stand-ins; empty for plain text."""
+        """The text that the model answers: everything before the last answer, with stand-ins. Empty for plain text."""
         turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
         if turns[0].role == "text":
             return ""
@@ -78,7 +78,7 @@ class Template:
         return [*pieces, Piece(answer + ends[0], True)]
 
     def _history_pieces(self, messages: list[Message], asked: str) -> list[Piece]:
-        """`asked` in pieces, the answers in it trained, each as it would be were it the last."""
+        """`asked` in pieces. The answers in it are trained, each as if it were the last."""
         pieces: list[Piece] = []
         done = 0
         for place, message in enumerate(messages[:-1]):
@@ -168,7 +168,7 @@ class Template:
 
 
 def answer_span(asked: str, answered: str) -> str:
-    """What `answered` has after `asked`. DataError where the prompt for the answer is not what stands before it."""
+    """What `answered` has after `asked`. Raises DataError where the text before the answer is not the prompt for it."""
     if not answered.startswith(asked):
         raise DataError(
             "the model's chat template writes other text before an answer than it asks for it with, so that what is "
@@ -180,14 +180,14 @@ def answer_span(asked: str, answered: str) -> str:
 
 
 def check_prompt_kept(messages: Sequence[Message], asked: str) -> None:
-    """DataError where the template leaves out what the system or the user said. Answers before may lose text."""
+    """Raise DataError where the template leaves out what the system or the user said. Earlier answers may lose text."""
     for message in messages:
         if message["role"] != "assistant" and not _holds(asked, message["content"]):
             raise _drops(f"{message['role']}'s text")
 
 
 def check_answer_kept(answer: str, span: str) -> None:
-    """DataError where the template leaves out the answer or part of it (`<think>`); only white space may change."""
+    """Raise DataError where the template leaves out the answer or a part of it (`<think>`). White space may change."""
     if not _holds(span, answer):
         raise _drops("answer")
 
@@ -237,5 +237,5 @@ def _drops(what: str) -> DataError:
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether `part` stands in `text`, give or take white space."""
+    """Whether `text` contains `part`, white space apart."""
     return part.strip() in text or "".join(part.split()) in "".join(text.split())

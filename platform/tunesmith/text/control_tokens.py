@@ -17,10 +17,10 @@ PROBE = "\U0010fffd"
 
 
 class ControlTokens:
-    """Those of one tokenizer.
+    """The control tokens of one tokenizer.
 
-    Data that spells out `<|im_end|>` or `</s>` (HTML does) must not end a turn. Before a template is rendered, such
-    words give way to stand-ins; the tokeniser puts the words back as ordinary tokens.
+    Data that spells out `<|im_end|>` or `</s>` (HTML does) must not end a turn. Before a template is rendered,
+    stand-ins take the place of such words; the tokenizer puts the words back as ordinary tokens.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -37,11 +37,11 @@ class ControlTokens:
         self._in_data = _any_of(self.texts)
 
     def ended(self, text: str) -> str:
-        """`text` with the end of text behind it, where the tokenizer has one."""
+        """`text` with the end of text after it, where the tokenizer has one."""
         return text + self.eos
 
     def guard(self, ending: str) -> None:
-        """Count the tokens of a template's end of turn among those that data may not write."""
+        """Add the tokens of a template's end of turn to those that data may not write."""
         for text in self._in_template.findall(ending) if self._added else []:
             self.ids.add(self._added[text])
             if text not in self.texts:

@@ -2,7 +2,7 @@
 
 Contexts and answers are tokenised apart: a prompt has the tokens that the model is given when it answers, and no token
 reaches over the border of the mask. Where the tokens of the whole text would do so (`Answer: ` and `Paris` make
-` Paris`), the row keeps the prompt's own ones, for so the model will meet it. The audit counts such rows.
+` Paris`), the row keeps the prompt's own ones, because the model will see them so. The audit counts such rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Encoded:
     truncated: bool
     """It lost tokens to `max_seq_length`."""
     answer_cut: bool
-    """Its last answer lost its end, and with it the end of turn: to stop there would be wrong."""
+    """Its last answer lost its end, and with it the end of turn: the model must not learn to stop there."""
     ended: bool
     """The end of its last answer is trained."""
     spelled_out: bool
@@ -98,18 +98,18 @@ class Encoder:
 
 
 class TextTokens:
-    """A tokenizer for pieces of text that stand behind one another."""
+    """A tokenizer for pieces of text that follow one another."""
 
     def __init__(self, tokenizer: Any, template: Template) -> None:
         self._tokenizer = tokenizer
         self._control = template.control
         self._apart = all(self._ids("\n" + text) == self._ids("\n") + self._ids(text) for text in ("Hello", " Hello"))
-        """Whether text has the same tokens behind other text as alone; not so with SentencePiece's first space."""
+        """Whether text has the same tokens after other text as alone. SentencePiece's first space prevents it."""
         self.beginning = self._beginning()
         """What the tokenizer itself puts before a text."""
 
     def encode(self, rows: Sequence[Sequence[Piece]]) -> list[list[Part]]:
-        """The token ids of every piece, as they are behind the pieces before it."""
+        """The token ids of every piece, as they are after the pieces before it."""
         if not self._apart:
             return [self._one_by_one(row) for row in rows]
         split = [[self._control.split(piece.text) for piece in row] for row in rows]
@@ -121,7 +121,7 @@ class TextTokens:
         return parts
 
     def _batch(self, texts: list[str]) -> list[list[int]]:
-        # Past transformers, which would make more of every text than its ids; its settings of the call before stay.
+        # Without transformers, which makes more of every text than its ids. The backend keeps settings between calls.
         backend = self._tokenizer.backend_tokenizer
         backend.encode_special_tokens = False
         backend.no_truncation()
@@ -143,7 +143,7 @@ class TextTokens:
         return parts
 
     def _behind(self, before: str | None, ids: list[int], text: str) -> list[int]:
-        """The tokens of `text` behind `before`, which has `ids`; None where it is no text of this tokenizer."""
+        """The tokens of `text` after `before`, whose tokens are `ids`; None where it cannot be tokenised again."""
         if before is not None:
             whole = self._ids(before + text)
             if whole[: len(ids)] == ids:
@@ -151,7 +151,7 @@ class TextTokens:
         return self._behind_anchor(text)
 
     def _behind_anchor(self, text: str, **options: bool) -> list[int]:
-        """The tokens of `text` as they are behind other text that does not merge with it."""
+        """The tokens of `text` as they are after other text that does not merge with it."""
         for anchor in ("\n", "x", "."):
             ids, whole = self._ids(anchor), self._ids(anchor + text, **options)
             if whole[: len(ids)] == ids:
@@ -178,7 +178,7 @@ class TextTokens:
 
 
 def history_is_trained(advanced: EncodingAdvanced) -> bool:
-    """Whether answers before the last one are trained: only where that was asked for."""
+    """Whether answers before the last one are trained, which they are only on request."""
     return advanced.train_on_history
 
 
@@ -188,7 +188,7 @@ def mask(parts: Sequence[Part]) -> npt.NDArray[np.bool_]:
 
 
 def begin(parts: Sequence[Part], beginning: list[int]) -> list[Part]:
-    """Put the beginning of text before `parts`, once: templates may have written it already."""
+    """Put the beginning of text before `parts`, unless a template has written it already."""
     first = [id_ for ids, _ in parts for id_ in ids[: len(beginning)]][: len(beginning)]
     return list(parts) if first == beginning else [(beginning, False), *parts]
 

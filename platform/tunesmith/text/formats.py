@@ -25,7 +25,7 @@ _ROLES: dict[str, dict[str, Role]] = {
     },
 }
 _NOT_READ = ("tool_calls", "function_call", "reasoning_content", "thinking", "weight")
-"""Keys of a turn that would change what is trained; a turn that has one is refused rather than trained without it."""
+"""Keys of a turn that would change what is trained. A turn that has one is refused, not trained without it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class _Cells:
         return value
 
     def items(self, column: str, allowed: str, parameter: str | None = None) -> list[Any]:
-        """The list in `column`, or the list that its text is as JSON; empty where there is none."""
+        """The list in `column`, or the list that is written there as JSON; empty where there is none."""
         value = self.row.get(column)
         if isinstance(value, str) and value.strip():
             try:

@@ -27,7 +27,7 @@ _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(var
 
 @contextmanager
 def rows_apart(model: Any) -> Iterator[None]:
-    """Inside, the model's attention is that of packed rows."""
+    """Inside this context the model's attention is that of packed rows."""
     own = model.config._attn_implementation
     model.config._attn_implementation = ROWS
     try:
@@ -54,8 +54,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row: query [1, heads, tokens, d], key and value [1, kv heads, tokens, d].
 
-    Tokens before the first row are the beginning of every row. Returns [1, tokens, heads, d]. NotImplementedError for
-    a kind of attention that is not made here.
+    Tokens before the first row are the beginning of every row. Returns [1, tokens, heads, d]. Raises
+    NotImplementedError for a kind of attention that is not implemented here.
     """
     if dropout or softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < longest):
         raise NotImplementedError("dropout, soft caps, sinks and windows shorter than the rows")

@@ -1,4 +1,4 @@
-"""What torch is slow at on a CPU, in float32: `native.c`, compiled when it is first asked for.
+"""What torch is slow at on a CPU, in float32: `native.c`, which is compiled when it is first used.
 
 torch's own attention and thin products multiply by a library that is slow where the processor is not Intel's
 (`matmul.py`), and it attends to packed rows one at a time; here attention is three to four times as fast, thin
@@ -28,13 +28,13 @@ FLAGS = (
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
 LANES = 16
-"""What divides the columns of every matrix here, and the width of heads."""
+"""A divisor of the columns of every matrix here, and of the width of heads."""
 
 logger = logging.getLogger(__name__)
 
 
 def fits(columns: int, *given: torch.Tensor) -> bool:
-    """Whether tensors of so many columns can be given to what is here."""
+    """Whether the functions here take tensors of `columns` columns."""
     alike = columns % LANES == 0 and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given)
     return alike and why_missing() is None
 
