@@ -37,8 +37,10 @@ class LeasedRecords:
         """The lease, and when it ends unless it is renewed."""
 
     def hold(self) -> bool:
-        """Take or renew the lease; False while another holds it."""
+        """Take the lease, or renew it where a third of its time is over; False while another holds it."""
         now = self._clock()
+        if self._lease is not None and self._lease[1] - now > self._duration_s * 2 / 3:
+            return True
         lease = self.store.acquire_lease(self._name, self._holder, duration_s=self._duration_s)
         self._lease = None if lease is None else (lease, now + self._duration_s)
         return lease is not None
