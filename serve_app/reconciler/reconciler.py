@@ -192,8 +192,9 @@ class Reconciler:
         """Forget what is remembered of all jobs but these."""
         subjects = {*subjects, "queue", "adoption"}
         self._supervisor.keep(subjects)
-        for subject in set(self._complaints) - subjects:
-            self._complaints.pop(subject, None)
+        for subject in list(self._complaints):
+            if subject not in subjects:
+                self._complaints.pop(subject, None)
         for key in list(self._lost_at):
             if key[0] not in subjects:
                 self._lost_at.pop(key, None)

@@ -170,7 +170,7 @@ class Supervisor:
 
     def _hurry(self, record: Record, owner: str | None) -> Result | None:
         """Ray's stop for a stopping attempt that takes too long; after that, its end without it."""
-        waited_s = self._now() - self._stopping_since[record.id]
+        waited_s = self._now() - self._stopping_since.get(record.id, self._now())
         if waited_s < self._settings.stop_grace_s:
             return None
         if owner is not None:
@@ -252,13 +252,15 @@ class Supervisor:
         """Forget all jobs but these."""
         self._lines.keep(job_ids)
         self._drivers.keep(job_ids)
-        self._contradicted = {key for key in self._contradicted if key[0] in job_ids}
+        # The copies: other threads add to these meanwhile.
+        self._contradicted -= {key for key in list(self._contradicted) if key[0] not in job_ids}
         for notes in (self._claims, self._ended_since):
             for key in list(notes):
                 if key[0] not in job_ids:
                     notes.pop(key, None)
-        for job_id in set(self._stopping_since) - set(job_ids):
-            self._stopping_since.pop(job_id, None)
+        for job_id in list(self._stopping_since):
+            if job_id not in job_ids:
+                self._stopping_since.pop(job_id, None)
 
     def _forget(self, record: Record) -> None:
         self._lines.forget(*_key(record))
