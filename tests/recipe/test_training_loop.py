@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,12 @@ def test_the_learning_rate_rises_over_the_warmup_and_falls_to_the_end() -> None:
     assert linear == pytest.approx([0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0])
     assert [schedule(done, 4, warmup_ratio=0.0, kind="constant") for done in range(4)] == [1, 1, 1, 1]
     assert schedule(5, 10, warmup_ratio=0.0, kind="cosine") == pytest.approx(0.5)
+
+
+def test_dropout_has_a_seed_of_its_own_in_every_pass_the_same_on_every_interpreter() -> None:
+    seeds = [training_loop.dropout_seed(*place) for place in product(range(3), repeat=4)]
+    assert len(set(seeds)) == len(seeds)
+    assert seeds[:3] == [2968811710, 3317235285, 1201711368]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_step(model_folder: Path, tmp_path: Path) -> None:

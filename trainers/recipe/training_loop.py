@@ -281,7 +281,7 @@ class _Run:
         passes = self._passes(step, batch)
         for number, share in enumerate(passes):
             if self.h.lora_dropout > 0:
-                torch.manual_seed(_dropout_seed(self.advanced.seed, step, self.worker.rank, number))
+                torch.manual_seed(dropout_seed(self.advanced.seed, step, self.worker.rank, number))
             # Without rows of its own, a worker goes along with one that counts nothing.
             given = self._make_pass(self.rows, share or batch[-1:], self.device.torch_device)
             weight = 1 / max(1, trained) if share else 0.0
@@ -379,7 +379,7 @@ class _Meter:
         self._since += time.perf_counter() - begun
 
 
-def _dropout_seed(seed: int, step: int, rank: int, number: int) -> int:
+def dropout_seed(seed: int, step: int, rank: int, number: int) -> int:
     """The seed of dropout in pass `number` of a worker's step: the same on every machine and interpreter."""
     return int(np.random.SeedSequence((seed, step, rank, number)).generate_state(1)[0])
 
