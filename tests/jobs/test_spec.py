@@ -1,10 +1,13 @@
 """Specs and flavors: what is given comes back checked, or refused with its name."""
 
+import json
+
 import pytest
 
+from tests.support import tiny
 from tunesmith.errors import ConflictError, SpecError
 from tunesmith.jobs.flavors import get_flavor, load_flavors
-from tunesmith.jobs.spec import RegisterSpec, TrainSpec, parse_spec
+from tunesmith.jobs.spec import RegisterSpec, TrainSpec, parse_job, parse_spec
 from tunesmith.jobs.states import FINAL, MOVES, Change, Status, apply, replay
 
 ORDER = {"model": "m@1", "dataset": "d@1", "flavor": "cpu-small", "output_model": "new"}
@@ -67,3 +70,14 @@ def test_replaying_changes_gives_the_status() -> None:
         Change(state="failed", reason="data_error", message="no rows"),
     ]
     assert replay(changes) == Status("failed", None, "data_error", "no rows", 1)
+
+
+def test_a_job_whose_hyperparameters_are_not_what_they_must_be_is_named_by_field() -> None:
+    text = tiny.train_job(tiny.hyperparameters(), tiny.advanced()).model_dump_json()
+    job = json.loads(text)
+    assert (job["hyperparameters"]["lora_rank"], job["advanced"]["seed"]) == (4, 0)
+    assert parse_job(text).model_dump_json() == text
+    job["hyperparameters"]["lora_rank"], job["advanced"]["sed"] = "four", 1
+    with pytest.raises(SpecError) as caught:
+        parse_job(json.dumps(job))
+    assert caught.value.fields == ["hyperparameters.lora_rank", "advanced.sed"]

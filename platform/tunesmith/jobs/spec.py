@@ -148,6 +148,10 @@ _SPEC: TypeAdapter[TrainSpec | RegisterSpec] = TypeAdapter(Spec)
 _JOB: TypeAdapter[TextJob | CustomJob | RegisterJob] = TypeAdapter(Job)
 
 
+_TAGS = ("train", "register", "body", "text-question-answering", "text-generation", "custom")
+"""What pydantic puts into the path of a field to say which kind of a union it is of."""
+
+
 def parse_spec(data: Any) -> TrainSpec | RegisterSpec:
     """A spec from decoded JSON or YAML; SpecError names every field at fault."""
     if isinstance(data, dict) and "kind" not in data:
@@ -175,7 +179,7 @@ def refusal(items: Iterable[Mapping[str, Any]]) -> SpecError:
     """As spec_error, from the list itself: FastAPI has one of its own."""
     fields, sentences, hint = [], [], None
     for item in items:
-        path = ".".join(str(part) for part in item["loc"] if part not in ("train", "register", "body"))
+        path = ".".join(str(part) for part in item["loc"] if part not in _TAGS)
         fields.append(path)
         if item["type"] == "extra_forbidden":
             known = [*TrainSpec.model_fields, *RegisterSpec.model_fields]
