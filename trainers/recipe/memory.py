@@ -72,7 +72,7 @@ def does_not_fit(tokens: int, fits: int | None, hyperparameters: LoraHyperparame
             message, fields=fields, hint=f"{_half(rows, length)} takes half beside the model; or {others}"
         )
     if fits == 0:
-        return OutOfMemoryError(f"{message}; nor does the smallest fit beside the model", hint=others)
+        return OutOfMemoryError(f"{message}; not even the smallest pass fits beside the model", hint=others)
     wanted = f"per_device_train_batch_size={fits // length}" if fits >= length else f"max_seq_length={fits}"
     if fits < length and rows > 1:
         wanted += " and per_device_train_batch_size=1"

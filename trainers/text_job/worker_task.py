@@ -1,4 +1,4 @@
-"""What the driver hands to every worker; light to import, for the driver and Ray Train's controller hold it as well."""
+"""What the driver hands to every worker. It is light to import: the driver and Ray Train's controller hold it too."""
 
 from __future__ import annotations
 

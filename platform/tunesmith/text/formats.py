@@ -37,7 +37,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """One row: an optional system turn, then the user's and the assistant's by turns, the assistant's last."""
+    """One row: an optional system turn, then the user and the assistant in turn; the last turn is the assistant's."""
 
     turns: list[Turn]
 
@@ -149,7 +149,8 @@ def _history(cells: _Cells, column: str) -> list[Turn]:
         what = f"item {number} of column {column!r}"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             got = f"one of {len(pair)}" if isinstance(pair, list | tuple) else type(pair).__name__
-            raise cells.wrong(f"{what} must be a pair, for it must hold {allowed}, got {got}", column, "history_field")
+            needed = f"{what} must be a pair, because the column must hold {allowed}"
+            raise cells.wrong(f"{needed}, got {got}", column, "history_field")
         question, answer = (cells.as_text(text, column, what, "history_field") for text in pair)
         found += [Turn("user", question), Turn("assistant", answer)]
     return found
@@ -180,7 +181,7 @@ def _conversation(cells: _Cells, column: str, role_key: str, text_key: str) -> l
         if turn.role != expected:
             raise cells.wrong(
                 f"turn {number} of column {column!r} is the {turn.role}'s and should be the {expected}'s; after the "
-                "system's, user and assistant speak by turns",
+                "system's, user and assistant take turns",
                 column,
             )
     if not any(turn.role == "assistant" for turn in said):

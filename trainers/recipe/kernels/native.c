@@ -73,7 +73,7 @@ static void product(int rows, int64_t columns, int64_t depth, matrix a, const fl
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t padded(int64_t count) { return (count + CHUNK - 1) / CHUNK * CHUNK; }
 
-/* to [width][padded(length)] = from [length][width] transposed, zero behind it. */
+/* to [width][padded(length)] = from [length][width] transposed, and zeros after it. */
 static void transpose(const float *from, int64_t length, int64_t width, float *to) {
     const int64_t wide = padded(length);
     for (int64_t w = 0; w < width; w++) {
@@ -96,7 +96,7 @@ typedef struct {
     int64_t shared, start, length;
 } row;
 
-/* The `number`th row; behind the last one comes the beginning that they share, as a row of its own. */
+/* The `number`th row; after the last one comes the beginning that they share, as a row of its own. */
 static row row_of(const int32_t *offsets, int64_t rows, int64_t number) {
     if (number == rows) return (row){0, 0, offsets[0]};
     return (row){offsets[0], offsets[number], offsets[0] + offsets[number + 1] - offsets[number]};

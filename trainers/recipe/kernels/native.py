@@ -132,7 +132,7 @@ def _thin(name: str, given: Sequence[torch.Tensor | None], narrow: torch.Tensor,
 
 
 def _call(name: str, *given: Any) -> None:
-    """Tensors are given by their address, whole numbers as int64_t; behind them the number of threads.
+    """Tensors are given by their address, whole numbers as int64_t; the number of threads comes last.
 
     MemoryError where memory ran out.
     """
