@@ -102,7 +102,8 @@ def _seconds(
 
         def report(step: int, values: Mapping[str, float]) -> None:
             ends.append(time.perf_counter())
-            if step > WARMUP_STEPS and step % 2 and uploads.stored_step != step - 1:
+            stored = uploads.uploaded()
+            if step > WARMUP_STEPS and step % 2 and stored != [step - 1]:
                 raise SystemExit(f"checkpoint {step - 1} was not stored within a step; give more --batch-rows")
 
         def save(step: int, folder: Path | None) -> None:

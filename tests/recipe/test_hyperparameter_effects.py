@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import tiny
+from tests.support.checkpoints import save_checkpoint
 from trainers.attempt.context import Attempt
 from trainers.attempt.fetch import Fetched
 from trainers.attempt.report_writer import ReportWriter
@@ -30,6 +31,7 @@ from trainers.recipe.loss import loss_sum
 from trainers.recipe.strategy import trained_parameters
 from trainers.recipe.training_loop import Hooks, Outcome, train
 from trainers.text.shards import TokenizedRows
+from trainers.text_job.checkpoint_manifests import CheckpointManifests
 from trainers.text_job.job_data import load_data
 from trainers.text_job.products import write_products
 from trainers.text_job.stored_checkpoints import upload_checkpoint
@@ -43,7 +45,7 @@ from tunesmith.hyperparameters.checks import resolve
 from tunesmith.hyperparameters.definitions import SECTIONS, Advanced, LoraHyperparameters
 from tunesmith.hyperparameters.field import Value, definitions
 from tunesmith.jobs import attempts
-from tunesmith.jobs.attempts import EventLine, EventWriter
+from tunesmith.jobs.attempts import Checkpoint, EventLine, EventWriter
 from tunesmith.jobs.spec import TextJob
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
@@ -434,34 +436,37 @@ def test_save_total_limit_is_how_many_checkpoints_stay(place: Path, tmp_path: Pa
     (tmp_path / "checkpoint" / "state.json").write_text("{}")
     limit = job.advanced.save_total_limit
     for step in (1, 2, 3, 4):
-        upload_checkpoint(storage, tmp_path / "checkpoint", job_id=job.id, attempt=1, step=step, keep=limit)
+        save_checkpoint(storage, tmp_path / "checkpoint", job_id=job.id, step=step, keep=limit)
     assert [found.step for found in attempts.checkpoints(storage, job.id)] == [1, 2, 3, 4][-keep:]
 
 
 @pytest.mark.parametrize("retries", [0, 1])
 def test_max_retries_is_how_often_a_run_starts_again(place: Path, tmp_path: Path, retries: int) -> None:
-    storage, job, starts = FolderStorage(tmp_path / "storage"), make_job(place, max_retries=retries), []
+    storage, job, starts = FolderStorage(tmp_path / "storage"), make_job(place, max_retries=retries), list[int | None]()
     settings = Settings.from_env({"TUNESMITH_HOME": str(tmp_path)})
     (tmp_path / "checkpoint").mkdir()
 
-    def fit() -> None:
-        starts.append(len(starts))
-        upload_checkpoint(storage, tmp_path / "checkpoint", job_id=job.id, attempt=1, step=3, keep=1)
+    def fit(resume_from: Checkpoint | None) -> None:
+        starts.append(resume_from.step if resume_from is not None else None)
+        upload_checkpoint(storage, tmp_path / "checkpoint", job_id=job.id, attempt=1, step=3)
         reports.last_step = 5
         raise WorkerLostError("gone")
 
     with (
         EventWriter(storage, job.id, 1) as events,
         ReportWriter(storage, job.id, 1, events=events, segment_s=1) as reports,
+        CheckpointManifests(storage, job.id, 1, keep=1, events=events, flush=reports.flush) as manifests,
         pytest.raises(WorkerLostError),
     ):
         stop = StopWatch(storage, job.id, 1, deadline=None)
-        fit_with_restarts(Attempt(job, 1, storage, settings, events, stop), job, reports, fit)
-    assert len(starts) == 1 + retries
+        attempt = Attempt(job, 1, storage, settings, events, stop)
+        fit_with_restarts(attempt, job, reports=reports, manifests=manifests, fit=fit)
+    # The driver hands the workers the checkpoint to go on from.
+    assert starts == [None, 3][: 1 + retries]
     segments = read_segments(storage, layout.events(job.id, 1))
     said = [EventLine.model_validate_json(line) for segment in segments for line in segment.data.splitlines()]
     again = [{"restart": 1, "resumed_from_step": 3, "steps_redone": 2}]
-    assert [event.data for event in said if event.data] == again[:retries]
+    assert [event.data for event in said if "restart" in event.data] == again[:retries]
 
 
 # The optimizer: after one step of AdamW from B = 0, all that moved is B, each entry by the learning rate

@@ -46,23 +46,6 @@ def test_a_writer_goes_on_after_the_highest_segment(storage: UnsteadyStorage) ->
     assert [entry.key for entry in storage.entries()] == [f"{PREFIX}/00000001", f"{PREFIX}/00000002"]
 
 
-def test_a_segment_is_closed_early_where_it_is_wished_and_what_is_stored_is_told(storage: UnsteadyStorage) -> None:
-    told: list[int] = []
-    with SegmentWriter(storage, PREFIX, max_age_s=1000, stored=told.append) as writer:
-        writer.write(b"one\n")
-        writer.flush_soon()
-        until(lambda: told == [4])
-        assert lines(storage) == b"one\n"
-        storage.away.set()
-        writer.write(b"three\n")
-        writer.flush_soon()
-        assert storage.refused.wait(20)
-        assert told == [4]
-        storage.away.clear()
-        until(lambda: told == [4, 10])
-    assert lines(storage) == b"one\nthree\n"
-
-
 def test_a_segment_is_closed_at_its_age(storage: UnsteadyStorage) -> None:
     with SegmentWriter(storage, PREFIX, max_age_s=0.05) as writer:
         writer.write(b"one\n")

@@ -16,7 +16,6 @@ from tests.support import workers
 from tests.support.waiting import until
 from trainers.text_job.checkpoint_uploads import Uploads
 from tunesmith.errors import StorageError
-from tunesmith.jobs.attempts import checkpoints
 from tunesmith.jobs.evaluation_record import Evaluation
 from tunesmith.jobs.stored_reports import read_evaluations
 from tunesmith.settings import Settings
@@ -60,33 +59,41 @@ def evaluated(step: int) -> Evaluation:
 
 
 def steps(storage: Storage) -> list[int]:
-    return [checkpoint.step for checkpoint in checkpoints(storage, f"job-{os.getpid()}")]
+    """Those whose files are all stored."""
+    prefix = layout.checkpoints(f"job-{os.getpid()}", 1)
+    there = [int(step) for step in storage.children(prefix)]
+    return sorted(step for step in there if storage.exists(layout.checkpoint_list(f"{prefix}/{step}")))
 
 
-def test_a_checkpoint_counts_once_what_it_waits_for_has_come(tmp_path: Path) -> None:
-    storage, come = FolderStorage(tmp_path / "storage"), threading.Event()
-    with uploads(storage) as beside:
-        beside.add_checkpoint(10, made(tmp_path, 10), come.wait)
-        key = layout.checkpoint(f"job-{os.getpid()}", 1, 10)
-        until(lambda: storage.exists(f"{key}/state.json"))
-        assert steps(storage) == []
-        come.set()
-    assert steps(storage) == [10]
-
-
-def test_the_newest_are_stored_whole_and_older_ones_deleted(tmp_path: Path) -> None:
+def test_checkpoints_are_stored_whole_and_told_of_once(tmp_path: Path) -> None:
     storage = FolderStorage(tmp_path / "storage")
     with uploads(storage) as beside:
         for step in (10, 20, 30):
             beside.add_checkpoint(step, made(tmp_path, step))
             until(lambda step=step: step in steps(storage))  # type: ignore[misc]
-    assert steps(storage) == [20, 30]
+    assert steps(storage) == [10, 20, 30]
     key = layout.checkpoint(f"job-{os.getpid()}", 1, 30)
     assert storage.get(f"{key}/adapter/weights") == b"30" * 1000
     assert not list(tmp_path.glob("made-*"))
-    assert [event.data["checkpoint_step"] for event in beside.ended()] == [10, 20, 30]
-    assert beside.ended() == []
-    assert beside.stored_step == 30
+    assert (beside.uploaded(), beside.uploaded(), beside.troubles()) == ([10, 20, 30], [], [])
+
+
+def test_what_is_stored_again_is_not_listed_before_it_is_whole(tmp_path: Path) -> None:
+    storage = FolderStorage(tmp_path / "storage")
+    with uploads(storage) as beside:
+        beside.add_checkpoint(10, made(tmp_path, 10))
+    refused = Troubled(tmp_path / "storage", _refuses("state.json"))
+    with uploads(refused) as again:
+        again.add_checkpoint(10, made(tmp_path, 10))
+    assert (steps(storage), again.uploaded()) == ([], [])
+
+
+def _refuses(part: str) -> Callable[[str], None]:
+    def permits(key: str) -> None:
+        if part in key:
+            raise StorageError("away")
+
+    return permits
 
 
 def test_nothing_waits_for_storage_and_few_wait_for_it(tmp_path: Path) -> None:
@@ -105,8 +112,8 @@ def test_nothing_waits_for_storage_and_few_wait_for_it(tmp_path: Path) -> None:
         assert steps(storage) == []
         answers.set()
     # The first was under way; the two newest waited.
-    assert [event.data["checkpoint_step"] for event in beside.ended()] == [1, 5, 6]
-    assert steps(storage) == [5, 6]
+    assert beside.uploaded() == [1, 5, 6]
+    assert steps(storage) == [1, 5, 6]
 
 
 def test_what_is_refused_is_tried_again_and_stored_whole(tmp_path: Path) -> None:
@@ -134,7 +141,7 @@ def test_an_evaluation_that_cannot_be_stored_is_said_and_the_next_one_is(tmp_pat
     with uploads(storage) as beside:
         beside.add_evaluation(evaluated(1))
         beside.add_evaluation(evaluated(2))
-    assert [event.message for event in beside.ended()] == ["evaluation of step 1 could not be stored: away"]
+    assert [event.message for event in beside.troubles()] == ["evaluation of step 1 could not be stored: away"]
     assert read_evaluations(storage, f"job-{os.getpid()}") == [evaluated(2)]
 
 
@@ -148,10 +155,9 @@ def test_one_that_cannot_be_stored_is_said_and_the_next_one_is(tmp_path: Path, t
     with uploads(storage) as beside:
         beside.add_checkpoint(1, made(tmp_path, 1))
         beside.add_checkpoint(2, made(tmp_path, 2))
-    first, second = beside.ended()
-    assert first.message == f"checkpoint of step 1 could not be stored: {trouble}"
-    assert second.data == {"checkpoint_step": 2}
-    # What there is of the first has no manifest, so it does not count.
+    assert [event.message for event in beside.troubles()] == [f"checkpoint of step 1 could not be stored: {trouble}"]
+    assert beside.uploaded() == [2]
+    # What there is of the first is not listed, so it will not count.
     assert steps(storage) == [2]
 
 
@@ -192,12 +198,12 @@ def test_a_server_that_is_killed_for_a_while_costs_no_checkpoint(tmp_path: Path)
         with uploads(PatientStorage(storage, patience_s=120, pause=pause), keep=5) as beside:
             with s3_process(server, ports):
                 beside.add_checkpoint(1, made(tmp_path, 1))
-                until(lambda: beside.stored_step == 1)
+                until(lambda: 1 in steps(storage))
             for step in range(2, 6):
                 beside.add_checkpoint(step, made(tmp_path, step))
             assert refused.wait(120)
             with s3_process(server, ports):
-                until(lambda: beside.stored_step == 5)
+                until(lambda: beside.uploaded()[-1:] == [5])
         with s3_process(server, ports):
             # The server answers before it has found all of its volumes again.
             there = PatientStorage(storage, patience_s=60)

@@ -126,7 +126,7 @@ def test_a_killed_driver_costs_an_attempt_and_changes_nothing(
     job, saved = killed[victim].job, killed[victim].saved_step.result()
     assert_as_if_never_killed(running, job, whole, attempts=2)
     first_steps = [event.data["first_step"] for event in jobs.events(running, job.id) if "first_step" in event.data]
-    # Workers outlive their driver for a moment.
+    # One more may have been on its way; what workers store that outlive their driver does not count.
     assert first_steps[0] == 1 and first_steps[1] - 1 in (saved, saved + SAVE_STEPS)
 
 

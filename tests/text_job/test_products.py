@@ -11,12 +11,8 @@ from trainers.recipe.device import pick_device
 from trainers.recipe.lora import load_model
 from trainers.recipe.strategy import trained_parameters
 from trainers.text_job.products import merge, write_products
-from trainers.text_job.stored_checkpoints import newest_checkpoint, upload_checkpoint
 from tunesmith.errors import ModelError
-from tunesmith.jobs import attempts
 from tunesmith.jobs.spec import TextJob
-from tunesmith.storage import layout
-from tunesmith.storage.folder import FolderStorage
 
 IDS = torch.arange(40).view(2, 20)
 
@@ -77,35 +73,3 @@ def test_a_merge_that_leaves_out_the_scale_is_caught(base: Path, monkeypatch: py
     with pytest.raises(ModelError) as caught:
         merge(tuned(base))
     assert caught.value.code == "merge_failed"
-
-
-def checkpoint(folder: Path, text: str) -> Path:
-    folder.mkdir()
-    (folder / "state.json").write_text(text)
-    return folder
-
-
-def test_the_newest_whole_checkpoints_are_kept_and_a_half_one_is_none(tmp_path: Path) -> None:
-    storage = FolderStorage(tmp_path / "storage")
-    for step in (5, 10, 15):
-        folder = checkpoint(tmp_path / str(step), f"{step}")
-        upload_checkpoint(storage, folder, job_id="job-1", attempt=1, step=step, keep=2)
-    storage.put(f"{layout.checkpoint('job-1', 1, 20)}/state.json", b"half")
-    assert [found.step for found in attempts.checkpoints(storage, "job-1")] == [10, 15]
-    assert not storage.exists(f"{layout.checkpoint('job-1', 1, 5)}/state.json")
-    with newest_checkpoint(storage, "job-1") as (step, folder):
-        assert (step, folder and (folder / "state.json").read_text()) == (15, "15")
-
-
-def test_a_later_attempt_goes_on_from_an_earlier_ones_checkpoint_and_leaves_it(tmp_path: Path) -> None:
-    storage = FolderStorage(tmp_path / "storage")
-    upload_checkpoint(storage, checkpoint(tmp_path / "a", "a"), job_id="job-1", attempt=1, step=8, keep=1)
-    with newest_checkpoint(storage, "job-1") as (step, _):
-        assert step == 8
-    upload_checkpoint(storage, checkpoint(tmp_path / "b", "b"), job_id="job-1", attempt=2, step=9, keep=1)
-    assert [(found.attempt, found.step) for found in attempts.checkpoints(storage, "job-1")] == [(1, 8), (2, 9)]
-
-
-def test_a_job_without_checkpoint_starts_at_step_0(tmp_path: Path) -> None:
-    with newest_checkpoint(FolderStorage(tmp_path), "job-1") as (step, folder):
-        assert (step, folder) == (0, None)

@@ -8,7 +8,6 @@ from socket import socket as stream_socket
 
 import pytest
 
-from tests.support.waiting import until
 from trainers.attempt.report import Report
 from trainers.attempt.report_writer import ReportWriter
 from trainers.text_job.ray_train_reports import KEY
@@ -33,7 +32,7 @@ def test_reports_become_metrics_and_events_and_none_is_lost(tmp_path: Path) -> N
     with (
         EventWriter(storage, "job-1", 1) as events,
         ReportWriter(storage, "job-1", 1, events=events, segment_s=5) as writer,
-        ReportSocket(writer) as socket,
+        ReportSocket(writer.write_all) as socket,
     ):
         callback = socket.callback()
         for phase in ("tokenize", "train"):
@@ -64,7 +63,7 @@ def test_a_caller_without_the_secret_is_sent_away_and_the_next_run_is_heard(tmp_
     with (
         EventWriter(storage, "job-1", 1) as events,
         ReportWriter(storage, "job-1", 1, events=events, segment_s=5) as writer,
-        ReportSocket(writer) as socket,
+        ReportSocket(writer.write_all) as socket,
     ):
         address = socket.callback()._address
         with pytest.raises(AuthenticationError):
@@ -74,26 +73,3 @@ def test_a_caller_without_the_secret_is_sent_away_and_the_next_run_is_heard(tmp_
                 silent.connect(address)
         socket.callback().after_report(None, [{KEY: Report("t", 1, values={"loss": 0.5})}], None)
         assert writer.last_step == 1
-
-
-def test_workers_hear_once_storage_has_all_metrics_that_a_checkpoint_waits_for(tmp_path: Path) -> None:
-    storage = FolderStorage(tmp_path)
-    told: list[tuple[int, int]] = []
-    with (
-        EventWriter(storage, "job-1", 1) as events,
-        ReportWriter(
-            storage,
-            "job-1",
-            1,
-            events=events,
-            segment_s=1000,
-            stored=lambda step: told.append((step, len(metrics(storage)))),
-        ) as writer,
-    ):
-        for name in ("loss", "eval_loss"):
-            writer.write(Report("t", 3, values={name: 1.0}), rank=0)
-        assert metrics(storage) == []
-        writer.write(Report("t", 3, flush=True), rank=0)
-        until(lambda: told == [(3, 2)])
-        writer.write(Report("t", 6, flush=True), rank=0)  # nothing new to store
-        assert told[1:] == [(6, 2)]

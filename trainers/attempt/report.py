@@ -25,7 +25,7 @@ class Report:
     """What belongs to the phase, for its event."""
     events: Sequence[EventLine] = ()
     """What else is to be said."""
-    flush: bool = False
-    """Metrics up to here are to reach storage at once: the checkpoint of this step waits for them."""
+    uploaded: Sequence[int] = ()
+    """Steps of checkpoints whose files storage has since the last report."""
     products: Mapping[str, Any] | None = None
     """At the end: how the run ended, and the files of the new model."""

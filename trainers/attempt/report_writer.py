@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from trainers.attempt.context import Attempt
@@ -29,23 +27,19 @@ class ReportWriter:
         *,
         events: EventWriter,
         segment_s: float,
-        stored: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """`stored` is called with each step whose report asked for `flush`, once storage has all metrics up to it."""
         self._attempt = attempt
         self._events = events
         self._gauges = Gauges(job_id, attempt)
-        self._metrics = SegmentWriter(
-            storage, layout.metrics(job_id, attempt), max_age_s=segment_s, stored=self._tell_stored
-        )
-        self._stored = stored
-        self._telling = threading.Lock()
-        self._awaited: deque[tuple[int, int]] = deque()
-        self._written_size = self._stored_size = 0
+        self._metrics = SegmentWriter(storage, layout.metrics(job_id, attempt), max_age_s=segment_s)
         self._running = False
         self.last_step = 0
         """The newest step that was reported."""
         self.products: Mapping[str, Any] | None = None
+
+    def flush(self) -> None:
+        """Return once all metrics that were reported are stored. Raises StorageError when they could not be."""
+        self._metrics.flush()
 
     def close(self) -> None:
         self._metrics.close()
@@ -67,15 +61,8 @@ class ReportWriter:
         for rank, report in enumerate(reports, start=first_rank):
             lines += [self._line(report, rank, name, value) for name, value in report.sampled.items()]
         if lines:
-            data = b"".join(line.model_dump_json().encode() + b"\n" for line in lines)
-            self._written_size += len(data)
-            self._metrics.write(data)
+            self._metrics.write(b"".join(line.model_dump_json().encode() + b"\n" for line in lines))
             self._gauges.set(lines)
-        if first.flush:
-            with self._telling:
-                self._awaited.append((self._written_size, first.step))
-            self._metrics.flush_soon()
-            self._tell_stored(0)  # they may all be there
         self.last_step = max(self.last_step, first.step)
         for event in first.events:
             self._events.append(event)
@@ -86,18 +73,11 @@ class ReportWriter:
         if first.products is not None:
             self.products = first.products
 
-    def _tell_stored(self, size: int) -> None:
-        """Tell of the steps whose metrics are among the `size` bytes that storage has now."""
-        with self._telling:
-            self._stored_size = max(self._stored_size, size)
-            while self._awaited and self._awaited[0][0] <= self._stored_size:
-                self._stored(self._awaited.popleft()[1])
-
     def _line(self, report: Report, rank: int | None, name: str, value: float) -> MetricLine:
         return MetricLine(time=report.time, attempt=self._attempt, step=report.step, rank=rank, name=name, value=value)
 
 
-def report_writer(attempt: Attempt, *, stored: Callable[[int], None] = lambda step: None) -> ReportWriter:
+def report_writer(attempt: Attempt) -> ReportWriter:
     """The writer of an attempt, in its driver."""
     return ReportWriter(
         attempt.storage,
@@ -105,7 +85,6 @@ def report_writer(attempt: Attempt, *, stored: Callable[[int], None] = lambda st
         attempt.number,
         events=attempt.events,
         segment_s=attempt.settings.segment_s,
-        stored=stored,
     )
 
 

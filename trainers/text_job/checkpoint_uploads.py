@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainers.text_job.stored_checkpoints import upload_checkpoint
 from tunesmith.clock import utc_text
@@ -44,18 +43,15 @@ class Uploads:
         self._events: list[EventLine] = []
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
-        self.stored_step: int | None = None
-        """Step of the newest checkpoint in storage."""
+        self._uploaded: list[int] = []
 
-    def add_checkpoint(self, step: int, folder: Path, wait: Callable[[], object] = lambda: None) -> None:
-        """Take the files of a whole checkpoint away from `folder`, and return. It counts once `wait` has returned."""
+    def add_checkpoint(self, step: int, folder: Path) -> None:
+        """Take the files of a whole checkpoint away from `folder`, and return."""
         place = self._folder / str(step)
         shutil.move(folder, place)
 
         def store() -> None:
-            upload_checkpoint(
-                self._storage, place, job_id=self._job_id, attempt=self._attempt, step=step, keep=self._keep, wait=wait
-            )
+            upload_checkpoint(self._storage, place, job_id=self._job_id, attempt=self._attempt, step=step)
 
         self._add(_Upload(f"checkpoint of step {step}", store, step))
 
@@ -65,8 +61,14 @@ class Uploads:
         data = evaluation.model_dump_json(indent=2).encode()
         self._add(_Upload(f"evaluation of step {evaluation.step}", lambda: self._storage.put(key, data)))
 
-    def ended(self) -> list[EventLine]:
-        """What became of uploads since the last call, each once."""
+    def uploaded(self) -> list[int]:
+        """Steps of the checkpoints whose files were stored since the last call."""
+        with self._changed:
+            steps, self._uploaded = self._uploaded, []
+        return steps
+
+    def troubles(self) -> list[EventLine]:
+        """What could not be stored since the last call."""
         with self._changed:
             events, self._events = self._events, []
         return events
@@ -107,14 +109,13 @@ class Uploads:
                 upload.store()
             except Exception as error:  # a thread's border: whatever it is, the training goes on
                 logger.exception("%s: the %s could not be stored", self._job_id, upload.what)
-                self._say(f"{upload.what} could not be stored: {error}")
+                with self._changed:
+                    self._events.append(
+                        EventLine(time=utc_text(), message=f"{upload.what} could not be stored: {error}")
+                    )
             else:
                 if upload.step is not None:
-                    self.stored_step = upload.step
-                    self._say(f"{upload.what} saved", checkpoint_step=upload.step)
+                    with self._changed:
+                        self._uploaded.append(upload.step)
             if upload.step is not None:
                 shutil.rmtree(self._folder / str(upload.step), ignore_errors=True)
-
-    def _say(self, message: str, **data: Any) -> None:
-        with self._changed:
-            self._events.append(EventLine(time=utc_text(), message=message, data=data))

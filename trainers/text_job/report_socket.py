@@ -10,21 +10,23 @@ import logging
 import secrets
 import tempfile
 import threading
+from collections.abc import Callable
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
-from trainers.attempt.report_writer import ReportWriter
+from trainers.attempt.report import Report
 from trainers.text_job.ray_train_reports import ForwardReports
 
 logger = logging.getLogger(__name__)
 
 
 class ReportSocket:
-    """Hands reports to their writer. A context manager; when it is left, no more are taken."""
+    """Hands the reports of all workers of a step on. A context manager; when it is left, no more are taken."""
 
-    def __init__(self, writer: ReportWriter) -> None:
-        self._writer = writer
+    def __init__(self, take: Callable[[list[Report]], object]) -> None:
+        """`take` gets them in the order of the workers' ranks."""
+        self._take = take
         self._folder = tempfile.TemporaryDirectory(prefix="tunesmith-")
         self._secret = secrets.token_bytes(32)
         self._listener = Listener(str(Path(self._folder.name) / "reports"), "AF_UNIX", authkey=self._secret)
@@ -57,7 +59,7 @@ class ReportSocket:
         with connection:
             while True:
                 try:
-                    self._writer.write_all(connection.recv())
+                    self._take(connection.recv())
                     connection.send(None)
                 except (EOFError, OSError):
                     return  # the controller is gone

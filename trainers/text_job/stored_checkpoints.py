@@ -1,53 +1,38 @@
-"""Checkpoints in storage: how their files get there, and back."""
+"""Checkpoints in storage, from a worker's side: how their files get there, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from trainers.attempt.fetch import local_copy
 from tunesmith.assets.stored_files import describe_files
-from tunesmith.jobs.attempts import CheckpointManifest, checkpoint_files, checkpoints
+from tunesmith.jobs.attempts import Checkpoint, CheckpointManifest, checkpoint_files
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
 
-def upload_checkpoint(
-    storage: Storage,
-    folder: Path,
-    *,
-    job_id: str,
-    attempt: int,
-    step: int,
-    keep: int,
-    wait: Callable[[], object] = lambda: None,
-) -> None:
-    """Store a checkpoint's folder, after `wait` its manifest, and delete the attempt's oldest beyond the newest `keep`.
+def upload_checkpoint(storage: Storage, folder: Path, *, job_id: str, attempt: int, step: int) -> None:
+    """Store the files of a checkpoint and then the list of them. It counts once the driver has made it a manifest.
 
-    One that is there already, from before a restart, stands: steps done again give the same.
+    One that counts already, from before a restart, stands: steps done again give the same.
     """
     prefix = layout.checkpoint(job_id, attempt, step)
-    if not storage.exists(f"{prefix}/manifest.json"):
-        files = describe_files(folder)
-        storage.upload_folder(folder, prefix)
-        wait()
-        manifest = CheckpointManifest(step=step, files=files)
-        storage.put(layout.checkpoint_manifest(prefix), manifest.model_dump_json(indent=2).encode())
-    own = [checkpoint for checkpoint in checkpoints(storage, job_id) if checkpoint.attempt == attempt]
-    for old in own[:-keep]:
-        # Without its manifest it no longer counts, however far the deletion gets.
-        storage.delete(f"{old.key}/manifest.json")
-        storage.delete_folder(old.key)
+    if storage.exists(layout.checkpoint_manifest(prefix)):
+        return
+    # A worker that was lost may have left its own: it is not the list of what is stored now.
+    storage.delete(layout.checkpoint_list(prefix))
+    listed = CheckpointManifest(step=step, files=describe_files(folder))
+    storage.upload_folder(folder, prefix)
+    storage.put(layout.checkpoint_list(prefix), listed.model_dump_json(indent=2).encode())
 
 
 @contextmanager
-def newest_checkpoint(storage: Storage, job_id: str) -> Iterator[tuple[int, Path | None]]:
-    """Step and local folder of the job's newest whole checkpoint over all attempts; step 0 and None without one."""
-    there = checkpoints(storage, job_id)
-    if not there:
-        yield 0, None
+def checkpoint_copy(storage: Storage, checkpoint: Checkpoint | None) -> Iterator[Path | None]:
+    """The local folder of a whole checkpoint, its files checked; None where there is none to go on from."""
+    if checkpoint is None:
+        yield None
         return
-    newest = there[-1]
-    with local_copy(storage, checkpoint_files(storage, newest.key)) as folder:
-        yield newest.step, folder
+    with local_copy(storage, checkpoint_files(storage, checkpoint.key)) as folder:
+        yield folder

@@ -8,21 +8,24 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from trainers.attempt.cluster_work import connect
 from trainers.attempt.context import Attempt
 from trainers.attempt.publication import NewFiles, publish
+from trainers.attempt.report import Report
 from trainers.attempt.report_writer import ReportWriter, report_writer
 from trainers.attempt.stop_watch import StoppedError, stopped
 from trainers.recipe.memory import is_out_of_memory
+from trainers.text_job.checkpoint_manifests import CheckpointManifests
 from tunesmith import caches
 from tunesmith.assets import catalog
 from tunesmith.assets.catalog import Description
 from tunesmith.clock import utc_text
 from tunesmith.errors import OutOfMemoryError, TunesmithError, UnavailableError, WorkerLostError
 from tunesmith.jobs import attempts
-from tunesmith.jobs.attempts import Result
+from tunesmith.jobs.attempts import Checkpoint, Result
 from tunesmith.jobs.spec import TextJob
 
 # Read by Ray Train when it is imported. The controller takes one report of a worker in each interval.
@@ -42,18 +45,12 @@ def run_training(attempt: Attempt, job: TextJob) -> Result:
         prepare(attempt, job)
     except StoppedError as stop:
         return _stopped(stop.args[0], {"steps": 0})
-    from trainers.text_job.report_socket import ReportSocket
-
     connect()
-    with (
-        report_writer(attempt, stored=lambda step: _tell_stored(attempt, step)) as reports,
-        ReportSocket(reports) as socket,
-    ):
-        fit_with_restarts(attempt, job, reports, lambda: _fit(attempt, job, socket.callback()))
-        products = reports.products
+    products = _train(attempt, job)
     if products is None:
         raise WorkerLostError("the workers ended without a last report")
-    summary = dict(products["summary"])
+    newest = _newest_checkpoint(attempt)
+    summary = {**products["summary"], "checkpoint_step": newest.step if newest is not None else None}
     if summary["stopped"]:
         return _stopped(str(products["stop_reason"] or "stopped_by_user"), summary)
     attempt.events.write(phase="publish")
@@ -63,56 +60,132 @@ def run_training(attempt: Attempt, job: TextJob) -> Result:
     return Result(outcome="completed", message=message, time=utc_text(), summary=summary)
 
 
-def _tell_stored(attempt: Attempt, step: int) -> None:
-    from trainers.text_job import hangs
+def _train(attempt: Attempt, job: TextJob) -> Mapping[str, Any] | None:
+    """Run the workers to their end, with all that they report and save in storage; what their last report says."""
+    from trainers.text_job.report_socket import ReportSocket
 
-    try:
-        hangs.tell_stored(attempt.name, step)
-    except Exception:  # a thread's border: the records go on without Ray
-        logger.exception("%s: the workers could not be told of step %d", attempt.name, step)
+    with (
+        report_writer(attempt) as reports,
+        CheckpointManifests(
+            attempt.storage,
+            job.id,
+            attempt.number,
+            keep=job.advanced.save_total_limit,
+            events=attempt.events,
+            flush=reports.flush,
+        ) as manifests,
+    ):
+
+        def take(received: list[Report]) -> None:
+            reports.write_all(received)
+            for step in received[0].uploaded:
+                manifests.add(step)
+
+        with ReportSocket(take) as socket:
+            fit_with_restarts(
+                attempt,
+                job,
+                reports=reports,
+                manifests=manifests,
+                fit=lambda newest: _fit(attempt, job, socket.callback(), newest),
+            )
+        return reports.products
 
 
-def fit_with_restarts(attempt: Attempt, job: TextJob, reports: ReportWriter, fit: Callable[[], None]) -> None:
+def _newest_checkpoint(attempt: Attempt) -> Checkpoint | None:
+    """The job's newest whole checkpoint over all attempts."""
+    whole = attempts.checkpoints(attempt.storage, attempt.job.id)
+    return whole[-1] if whole else None
+
+
+def fit_with_restarts(
+    attempt: Attempt,
+    job: TextJob,
+    *,
+    reports: ReportWriter,
+    manifests: CheckpointManifests,
+    fit: Callable[[Checkpoint | None], None],
+) -> None:
     """`fit` the workers to their end; after lost ones again from the newest checkpoint, up to `max_retries` times."""
+    newest = _newest_checkpoint(attempt)
     for restart in range(1, job.advanced.max_retries + 2):
         try:
-            fit()
+            fit(newest)
             return
         except WorkerLostError as error:
             if restart > job.advanced.max_retries:
                 raise
-            whole = attempts.checkpoints(attempt.storage, job.id)
-            step = whole[-1].step if whole else 0
-            again = max(0, reports.last_step - step)
-            logger.warning("%s: %s", job.id, error.message)
-            what = "the workers hung" if isinstance(error, HungError) else "a worker was lost"
-            attempt.events.write(
-                f"{what} ({error.message}); restart {restart} goes on from step {step}, {again} steps are done again",
-                restart=restart,
-                resumed_from_step=step,
-                steps_redone=again,
-                **(error.as_data() if isinstance(error, HungError) else {}),
-            )
-            attempt.events.flush()
+            manifests.settle(reports.last_step)
+            newest = _newest_checkpoint(attempt)
+            _tell_restart(attempt, restart, error, newest, reports.last_step)
             time.sleep(attempts.retry_pause_s(restart))
 
 
-def _fit(attempt: Attempt, job: TextJob, callback: Any) -> None:
+def _tell_restart(
+    attempt: Attempt, restart: int, lost: WorkerLostError, newest: Checkpoint | None, last_step: int
+) -> None:
+    logger.warning("%s: %s", attempt.job.id, lost.message)
+    step = newest.step if newest is not None else 0
+    again = max(0, last_step - step)
+    what = "the workers hung" if isinstance(lost, HungError) else "a worker was lost"
+    attempt.events.write(
+        f"{what} ({lost.message}); restart {restart} goes on from step {step}, {again} steps are done again",
+        restart=restart,
+        resumed_from_step=step,
+        steps_redone=again,
+        **(lost.as_data() if isinstance(lost, HungError) else {}),
+    )
+    attempt.events.flush()
+
+
+def _fit(attempt: Attempt, job: TextJob, callback: Any, resume_from: Checkpoint | None) -> None:
     """One run of TorchTrainer. Raises WorkerLostError, UnavailableError where Ray is lost, or what a worker raised."""
     from ray.exceptions import RayError
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+    from trainers.text_job import hangs
+
+    folder = attempt.settings.home / "runs"
+    name = f"{attempt.name}-{secrets.token_hex(4)}"
+    try:
+        with caches.held(folder / name):
+            _trainer(attempt, job, callback, resume_from, folder=folder, name=name).fit()
+    except TrainingFailedError as error:
+        spoke = hangs.take_hangs(name)
+        if spoke:
+            silent = [rank for rank in range(job.cards) if rank not in spoke]
+            raise HungError(attempt.settings.hang_timeout_s, spoke=spoke, silent=silent) from error
+        if isinstance(error, WorkerGroupError):
+            raise _cause(error.worker_failures) from error
+        raise WorkerLostError(f"Ray Train gave up: {_first_line(error)}") from error
+    except RayError as error:
+        # Its controller lives on this driver's node: where it dies, Ray is going down.
+        raise UnavailableError(f"Ray was lost: {_first_line(error)}") from error
+    finally:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _trainer(
+    attempt: Attempt, job: TextJob, callback: Any, resume_from: Checkpoint | None, *, folder: Path, name: str
+) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
     from trainers.recipe.device import collective_backend
     from trainers.text_job.worker_entry import train_worker
     from trainers.text_job.worker_task import WorkerTask
 
-    folder = attempt.settings.home / "runs"
-    name = f"{attempt.name}-{secrets.token_hex(4)}"
-    trainer = TorchTrainer(
+    task = WorkerTask(
+        job=job,
+        attempt=attempt.number,
+        root=attempt.storage.url,
+        deadline=attempt.stop.deadline,
+        run=name,
+        resume_from=resume_from,
+    )
+    return TorchTrainer(
         train_worker,
-        train_loop_config={"task": WorkerTask(job, attempt.number, attempt.storage.url, attempt.stop.deadline, name)},
+        train_loop_config={"task": task},
         scaling_config=ScalingConfig(
             num_workers=job.cards, use_gpu="GPU" in job.resources, resources_per_worker=dict(job.resources)
         ),
@@ -124,18 +197,6 @@ def _fit(attempt: Attempt, job: TextJob, callback: Any) -> None:
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
-    try:
-        with caches.held(folder / name):
-            trainer.fit()
-    except WorkerGroupError as error:
-        raise _hang(name, job.cards, attempt.settings.hang_timeout_s) or _cause(error.worker_failures) from error
-    except TrainingFailedError as error:
-        raise WorkerLostError(f"Ray Train gave up: {_first_line(error)}") from error
-    except RayError as error:
-        # Its controller lives on this driver's node: where it dies, Ray is going down.
-        raise UnavailableError(f"Ray was lost: {_first_line(error)}") from error
-    finally:
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 class HungError(WorkerLostError):
@@ -150,16 +211,6 @@ class HungError(WorkerLostError):
     def as_data(self) -> dict[str, Any]:
         """For an event."""
         return {"hung": {"spoke": self._spoke, "silent": self._silent}}
-
-
-def _hang(run: str, cards: int, timeout_s: float) -> HungError | None:
-    """That the run's workers ended for they hung; None where none of them said so."""
-    from trainers.text_job import hangs
-
-    spoke = hangs.take_hangs(run)
-    if not spoke:
-        return None
-    return HungError(timeout_s, spoke=spoke, silent=[rank for rank in range(cards) if rank not in spoke])
 
 
 def _workers(ranks: Sequence[int]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,19 +22,18 @@ from trainers.attempt.stop_watch import StopWatch
 from trainers.recipe import memory
 from trainers.recipe.evaluation import HeldOut, answer, evaluation
 from trainers.recipe.strategy import Worker
-from trainers.recipe.training_loop import Hooks, train
+from trainers.recipe.training_loop import Hooks, Outcome, train
 from trainers.text.tokenization import first_examples
 from trainers.text_job import hangs
 from trainers.text_job.checkpoint_uploads import Uploads
 from trainers.text_job.job_data import Data, load_data
 from trainers.text_job.products import write_products
 from trainers.text_job.ray_train_reports import KEY
-from trainers.text_job.stored_checkpoints import newest_checkpoint
+from trainers.text_job.stored_checkpoints import checkpoint_copy
 from trainers.text_job.watchdog import Watchdog, end_hung
 from trainers.text_job.worker_task import WorkerTask
 from tunesmith.clock import utc_text
 from tunesmith.jobs import adapters
-from tunesmith.jobs.attempts import attempt_name
 from tunesmith.jobs.flavors import get_flavor
 from tunesmith.jobs.spec import TextJob
 from tunesmith.settings import Settings
@@ -55,100 +53,114 @@ def run_worker(task: WorkerTask) -> None:
     # It would log every report whole; its logger is named after the file.
     logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
     with log_to_job(storage, task.job.id, task.attempt, rank=str(worker.rank), settings=settings):
-        _run(task, worker, storage, settings)
+        TextRun(task, worker, storage, settings).run()
 
 
-def _run(task: WorkerTask, worker: Worker, storage: PatientStorage, settings: Settings) -> None:
-    job = task.job
-    keep = job.advanced.save_total_limit
-    uploads = Uploads(storage, job_id=job.id, attempt=task.attempt, keep=keep)
-    reports = _Reports(worker, uploads)
-    torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
-    base = fetch(storage, "model", job.model, settings).folder
-    dataset = fetch(storage, "dataset", job.dataset, settings)
-    data = load_data(job, base, dataset, storage, settings)
-    held_out = _held_out(data, job)
-    rows = data.rows
-    counts = {"rows": len(rows), "skipped": rows.skipped, "truncated": rows.truncated}
-    logger.info("%s: rows %s; held out: %s", job.id, counts, len(data.eval_rows) if data.eval_rows else "none")
+class TextRun:
+    """One worker's part in a run, from its rows to its last report."""
 
-    if set(job.resources) == {"CPU"}:  # an accelerator's memory is what runs out there
-        memory.limit(get_flavor(job.flavor).memory_gib << 30)
+    def __init__(self, task: WorkerTask, worker: Worker, storage: PatientStorage, settings: Settings) -> None:
+        job = task.job
+        self._task, self._job, self._worker, self._storage = task, job, worker, storage
+        torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
+        self._base = fetch(storage, "model", job.model, settings).folder
+        dataset = fetch(storage, "dataset", job.dataset, settings)
+        self._data = load_data(job, self._base, dataset, storage, settings)
+        self._held_out = _held_out(self._data, job)
+        self._uploads = Uploads(storage, job_id=job.id, attempt=task.attempt, keep=job.advanced.save_total_limit)
+        self._reports = _Reports(worker, self._uploads)
+        self._stop = StopWatch(storage, job.id, task.attempt, deadline=task.deadline)
+        self._watchdog = _watchdog(task, worker.rank, settings.hang_timeout_s)
 
-    def save(step: int, folder: Path | None) -> None:
-        reports.send(step, flush=True)
+    def run(self) -> None:
+        """Train, and report how it ended; worker 0 with the files of the new model."""
+        rows, eval_rows = self._data.rows, self._data.eval_rows
+        counts = {"rows": len(rows), "skipped": rows.skipped, "truncated": rows.truncated}
+        logger.info("%s: rows %s; held out: %s", self._job.id, counts, len(eval_rows) if eval_rows else "none")
+        outcome = self._train()
+        if outcome.stopped and self._stop.reason is None:  # another worker saw it first
+            self._stop.look()
+        summary = {
+            "steps": outcome.steps,
+            "total_steps": outcome.total_steps,
+            "stopped": outcome.stopped,
+            "eval_loss_before": outcome.eval_loss_before,
+            "eval_loss": outcome.eval_loss,
+            "rows": counts,
+        }
+        files = None if outcome.stopped else self._store_model(outcome)
+        products = {"summary": summary, "files": files, "stop_reason": self._stop.reason}
+        self._reports.send(outcome.steps, products=products)
+
+    def _train(self) -> Outcome:
+        """The recipe's run. When it returns, all that it saved is stored."""
+        if set(self._job.resources) == {"CPU"}:  # an accelerator's memory is what runs out there
+            memory.limit(get_flavor(self._job.flavor).memory_gib << 30)
+        with (
+            _earlier_adapter(self._storage, self._job) as start_from,
+            checkpoint_copy(self._storage, self._task.resume_from) as resume_from,
+            self._stop.watching(),
+            self._uploads if self._worker.rank == 0 else nullcontext(),
+            self._watchdog,
+        ):
+            return train(
+                self._base,
+                self._data.rows,
+                self._data.eval_rows,
+                hyperparameters=self._job.hyperparameters,
+                advanced=self._job.advanced,
+                hooks=Hooks(
+                    report=self._reports.metrics,
+                    save=self._save,
+                    should_stop=self._should_stop,
+                    phase=self._reports.phase,
+                    evaluated=self._evaluated,
+                ),
+                worker=self._worker,
+                start_from=start_from,
+                resume_from=resume_from,
+            )
+
+    def _save(self, step: int, folder: Path | None) -> None:
+        # Where reports are rare, this one tells of the checkpoint before.
+        self._reports.send(step)
         if folder is not None:
-            uploads.add_checkpoint(step, folder, lambda: _wait_until_stored(task, step, settings))
+            self._uploads.add_checkpoint(step, folder)
 
-    def evaluated(step: int, model: Any, loss: float) -> None:
-        assert data.eval_rows is not None
+    def _should_stop(self) -> bool:
+        self._watchdog.beat()
+        return self._stop.reason is not None
+
+    def _evaluated(self, step: int, model: Any, loss: float) -> None:
+        """Have the model answer the held-out rows; worker 0 stores the answers, and their scores are reported."""
+        assert self._data.eval_rows is not None
         answers = answer(
             model,
-            data.tokenizer,
-            held_out,
-            rank=worker.rank,
-            world_size=worker.world_size,
-            should_stop=should_stop,
+            self._data.tokenizer,
+            self._held_out,
+            rank=self._worker.rank,
+            world_size=self._worker.world_size,
+            should_stop=self._should_stop,
         )
         if answers is None:
-            reports.send(step)
+            self._reports.send(step)
             return
-        made = evaluation(step, len(data.eval_rows), loss, held_out, answers)
-        if worker.rank == 0:
-            uploads.add_evaluation(made)
+        made = evaluation(step, len(self._data.eval_rows), loss, self._held_out, answers)
+        if self._worker.rank == 0:
+            self._uploads.add_evaluation(made)
         scores = {f"eval_{name}": value for name, value in made.scores.items()}
-        reports.send(step, values={"eval_perplexity": made.perplexity, **scores})
+        self._reports.send(step, values={"eval_perplexity": made.perplexity, **scores})
 
-    with (
-        _earlier_adapter(storage, job) as start_from,
-        newest_checkpoint(storage, job.id) as (resumed_step, resume_from),
-        StopWatch(storage, job.id, task.attempt, deadline=task.deadline).watching() as stop,
-        uploads if worker.rank == 0 else nullcontext(),
-        _watchdog(task, worker.rank, settings.hang_timeout_s) as watchdog,
-    ):
-
-        def should_stop() -> bool:
-            watchdog.beat()
-            return stop.reason is not None
-
-        outcome = train(
-            base,
-            rows,
-            data.eval_rows,
-            hyperparameters=job.hyperparameters,
-            advanced=job.advanced,
-            hooks=Hooks(
-                report=reports.metrics,
-                save=save,
-                should_stop=should_stop,
-                phase=reports.phase,
-                evaluated=evaluated,
-            ),
-            worker=worker,
-            start_from=start_from,
-            resume_from=resume_from,
-        )
-    if outcome.stopped and stop.reason is None:  # another worker saw it first
-        stop.look()
-    summary: dict[str, Any] = {
-        "steps": outcome.steps,
-        "total_steps": outcome.total_steps,
-        "stopped": outcome.stopped,
-        "checkpoint_step": uploads.stored_step or resumed_step or None,
-        "eval_loss_before": outcome.eval_loss_before,
-        "eval_loss": outcome.eval_loss,
-        "rows": counts,
-    }
-    files: NewFiles | None = None
-    if not outcome.stopped:
-        reports.send(outcome.steps, phase="save")
-        if worker.rank == 0:
-            with tempfile.TemporaryDirectory() as name:
-                write_products(outcome.model, outcome.weights, base, Path(name), job, task.root)
-                upload = Upload(storage, job, task.attempt)
-                upload.add_folder(Path(name))
-                files = upload.stored()
-    reports.send(outcome.steps, products={"summary": summary, "files": files, "stop_reason": stop.reason})
+    def _store_model(self, outcome: Outcome) -> NewFiles | None:
+        """Worker 0 stores the files of the new model."""
+        self._reports.send(outcome.steps, phase="save")
+        if self._worker.rank != 0:
+            return None
+        upload = Upload(self._storage, self._job, self._task.attempt)
+        with tempfile.TemporaryDirectory() as folder:
+            write_products(outcome.model, outcome.weights, self._base, Path(folder), self._job, self._task.root)
+            upload.add_folder(Path(folder))
+        return upload.stored()
 
 
 @contextmanager
@@ -168,16 +180,6 @@ def _held_out(data: Data, job: TextJob) -> HeldOut:
     return HeldOut.of(examples, data.tokenizer, job.hyperparameters, job.advanced)
 
 
-def _wait_until_stored(task: WorkerTask, step: int, settings: Settings) -> None:
-    """Until storage has the metrics up to `step`: who goes on from a checkpoint does no step before it again."""
-    name, ends_at = attempt_name(task.job.id, task.attempt), time.monotonic() + settings.storage_patience_s
-    while hangs.stored_step(name) < step:
-        if time.monotonic() > ends_at:
-            logger.warning("%s: storage has not the metrics of step %d; its checkpoint counts all the same", name, step)
-            return
-        time.sleep(0.1)
-
-
 def _watchdog(task: WorkerTask, rank: int, timeout_s: float) -> Watchdog:
     return Watchdog(timeout_s, lambda where: end_hung(where, timeout_s, lambda: hangs.tell_hang(task.run, rank)))
 
@@ -192,7 +194,9 @@ class _Reports:
         self._process.cpu_percent()
 
     def send(self, step: int = 0, **parts: Any) -> None:
-        ray.train.report({KEY: Report(time=utc_text(), step=step, events=self._uploads.ended(), **parts)})
+        uploaded, troubles = self._uploads.uploaded(), self._uploads.troubles()
+        report = Report(time=utc_text(), step=step, uploaded=uploaded, events=troubles, **parts)
+        ray.train.report({KEY: report})
 
     def phase(self, name: str, data: Mapping[str, int]) -> None:
         self.send(phase=name, data=data)

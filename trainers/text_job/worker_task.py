@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tunesmith.jobs.attempts import Checkpoint
 from tunesmith.jobs.spec import TextJob
 
 
@@ -19,3 +20,5 @@ class WorkerTask:
     """When the job's time is up, seconds since the epoch."""
     run: str
     """Name of this run of the workers: a restart's is another."""
+    resume_from: Checkpoint | None
+    """What all workers go on from; None: they begin with the first step."""

@@ -148,6 +148,11 @@ def checkpoint_manifest(key: str) -> str:
     return f"{key}/manifest.json"
 
 
+def checkpoint_list(key: str) -> str:
+    """What a worker has stored of a checkpoint, listed as in the manifest that the driver makes of it."""
+    return f"{key}/stored.json"
+
+
 def tokenized(key: str) -> str:
     """Prefix of tokenised data, shared by all jobs that need the same."""
     return f"cache/tokenized/{key}"

@@ -38,19 +38,15 @@ class SegmentWriter:
         *,
         max_age_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
-        stored: Callable[[int], object] = lambda size: None,
     ) -> None:
-        """`stored` is called after each segment, with the bytes that storage has of this writer in all."""
         self._storage = storage
         self._prefix = prefix
         self._max_age_s = max_age_s
         self._clock = clock
-        self._stored, self._stored_size = stored, 0
         self._next = _first_free(storage, prefix)
         self._lines: list[bytes] = []
         self._size = 0
         self._opened_at = 0.0
-        self._is_due = False
         self._changed = threading.Condition()
         self._storing = threading.Lock()
         self._closed = False
@@ -68,12 +64,6 @@ class SegmentWriter:
                 self._opened_at = self._clock()
             self._lines.append(data)
             self._size += len(data)
-            self._changed.notify()
-
-    def flush_soon(self) -> None:
-        """Close the open segment now, and do not wait for it."""
-        with self._changed:
-            self._is_due = True
             self._changed.notify()
 
     def flush(self) -> None:
@@ -112,7 +102,7 @@ class SegmentWriter:
                 self._changed.wait_for(lambda: self._closed, timeout=pause_s)
             while not self._closed:
                 left_s = self._opened_at + self._max_age_s - self._clock() if self._lines else None
-                if self._size >= MAX_BYTES or (left_s is not None and (self._is_due or left_s <= 0)):
+                if self._size >= MAX_BYTES or (left_s is not None and left_s <= 0):
                     return True
                 self._changed.wait(left_s)
         return False
@@ -134,11 +124,7 @@ class SegmentWriter:
                 del self._lines[:count]
                 self._size -= size
                 self._opened_at = self._clock()
-                self._is_due = self._is_due and bool(self._lines)
-                self._stored_size += size
-                is_left = bool(self._lines)
-            self._stored(self._stored_size)
-            return is_left
+                return bool(self._lines)
 
 
 def read_segments(storage: Storage, prefix: str, *, after: int = 0) -> Iterator[Segment]:
