@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import tiny
-from tests.support.checkpoints import save_checkpoint
+from tests.support.publishing import save_checkpoint
 from trainers.attempt.context import Attempt
 from trainers.attempt.fetch import Fetched
 from trainers.attempt.report_writer import ReportWriter

@@ -1,4 +1,4 @@
-"""Models and datasets put straight into a platform's storage, for tests that are not about registering.
+"""Models, datasets and checkpoints put straight into a platform's storage, for tests that are not about registering.
 
 What publishes them is the registration itself, in this process: no Ray Job is started for it.
 """
@@ -11,6 +11,8 @@ from tests.support.ray_fixture import Running
 from trainers.attempt.context import Attempt
 from trainers.attempt.stop_watch import StopWatch
 from trainers.registration.registration import run_registration
+from trainers.text_job.checkpoint_manifests import CheckpointManifests
+from trainers.text_job.stored_checkpoints import upload_checkpoint
 from tunesmith.assets.catalog import get_manifest
 from tunesmith.clock import utc_text
 from tunesmith.jobs.attempts import EventWriter
@@ -44,3 +46,15 @@ def publish_in(
         result = run_registration(Attempt(job, 1, storage, settings, events, stop), job)
     assert result.outcome == "completed", result
     return job.output_asset
+
+
+def save_checkpoint(
+    storage: Storage, folder: Path, *, job_id: str = "job-1", attempt: int = 1, step: int, keep: int = 2
+) -> None:
+    """Store the folder as a whole checkpoint, of which the attempt's newest `keep` stay."""
+    upload_checkpoint(storage, folder, job_id=job_id, attempt=attempt, step=step)
+    with (
+        EventWriter(storage, job_id, attempt) as events,
+        CheckpointManifests(storage, job_id, attempt, keep=keep, events=events, flush=lambda: None) as manifests,
+    ):
+        manifests.add(step)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoints import save_checkpoint
+from tests.support.publishing import save_checkpoint
 from tests.support.waiting import until
 from trainers.attempt.report import Report
 from trainers.attempt.report_writer import ReportWriter
