@@ -27,7 +27,7 @@ SWEEP_S = 3600.0
 """Between two looks for what is left over."""
 _LOCK = ".in-use"
 _ENTRIES = ("cache/fetched/*", "cache/tokenized/*", "cache/environments/*/*", "cache/images")
-_LEFTOVERS = ("tmp/*", "runs/*", "cache/fetched/.*", "cache/tokenized/*.partial")
+_LEFTOVERS = ("tmp/*", "runs/*", "cache/fetched/.*", "cache/checked/*", "cache/tokenized/*.partial")
 
 _held: dict[Path, int] = {}
 _holding = threading.Lock()

@@ -46,7 +46,7 @@ def fetch(storage: Storage, kind: str, ref: str, settings: Settings) -> Fetched:
 
     Copies are kept under the installation's home, by storage and manifest, and each file's size and hash are checked as
     it is copied. Files that are read where they lie are checked by size each time and by hash once a node, which a note
-    under the home remembers: a large model is not read through for every job.
+    under the home remembers as long as it is used: a large model is not read through for every job.
     Raises SpecError where there is no such version, DamagedError where a file is not what the manifest says.
     """
     manifest = get_manifest(storage, kind, ref)
