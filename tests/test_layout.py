@@ -67,6 +67,17 @@ def test_no_folder_has_more_than_twenty_modules_beside_each_other() -> None:
     assert {folder: number for folder, number in beside.items() if number > 20} == {}
 
 
+def test_no_function_is_longer_than_sixty_lines() -> None:
+    lengths = {
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert len(lengths) > 1000
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = grimp.build_graph("tunesmith", "trainers", "serve_app", "cluster_configs", cache_dir=None)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
