@@ -44,7 +44,7 @@ def test_up_heals_what_a_killed_process_leaves(own: Running, parts: list[str]) -
                     process.wait(20)
     healed = local_platform.up(settings).platform
     assert local_platform.is_ray_whole(settings, healed)
-    assert local_platform.is_door_whole(settings)
+    assert local_platform.is_door_whole(settings, healed)
     assert healed.num_cpus == started.num_cpus
     with Client(settings.door_url, settings.api_token_path.read_text()) as client:
         assert client.jobs().items is not None

@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ RAY_PARTS = (
     "/log_monitor.py ",
 )
 """What the command lines of Ray's processes hold on a node that is whole."""
+DOOR_PARTS = ("ray::ServeController", "ray::ProxyActor", "ray::ServeReplica:door", "ray::ServeReplica:reconciler")
+"""Likewise of Serve's, its controller first."""
 
 
 class Platform(Tolerant):
@@ -110,8 +112,9 @@ def _heal(settings: Settings, platform: Platform, *, door: bool, on_step: Callab
         return None
     if not door:
         return Started(platform, ray=False, door=False)
-    # Serve itself starts a replica or a proxy again that was killed.
-    if _until(lambda: is_door_whole(settings), limit_s=HEAL_S if _has_serve(platform) else 0):
+    # Where its controller lives, Serve itself starts a replica or a proxy again that was killed.
+    limit_s = HEAL_S if _has_parts(platform, DOOR_PARTS[:1]) else 0
+    if _until(lambda: is_door_whole(settings, platform), limit_s=limit_s):
         return Started(platform, ray=False, door=False)
     on_step("starting the front door")
     try:
@@ -180,29 +183,24 @@ def door_answers(settings: Settings) -> bool:
     return _answers(f"{settings.door_url}/v1/flavors", settings.api_token_path) is not None
 
 
-def is_door_whole(settings: Settings) -> bool:
-    """Whether the door answers, and Serve says that the door and the reconciler run."""
-    if not door_answers(settings):
-        return False
-    answer = _answers(f"{settings.ray_jobs_url}/api/serve/applications/", settings.ray_token_path)
-    if answer is None:
-        return False
-    states = [application.get("status") for application in answer.json().get("applications", {}).values()]
-    return len(states) >= 2 and set(states) == {"RUNNING"}
+def is_door_whole(settings: Settings, platform: Platform) -> bool:
+    """Whether the door answers, and every process of Serve lives that the door and the reconciler need."""
+    return _has_parts(platform, DOOR_PARTS) and door_answers(settings)
 
 
 def is_ray_whole(settings: Settings, platform: Platform) -> bool:
     """Whether every process lives that Ray needs, its node is registered, and it takes jobs."""
-    said = "\n".join(_command(process) for process in processes_of(platform))
-    if not all(part in said for part in RAY_PARTS):
+    if not _has_parts(platform, RAY_PARTS):
         return False
     nodes = _answers(f"{settings.ray_jobs_url}/api/v0/nodes", settings.ray_token_path)
     jobs = _answers(f"{settings.ray_jobs_url}/api/jobs/", settings.ray_token_path)
     return nodes is not None and "ALIVE" in nodes.text and jobs is not None
 
 
-def _has_serve(platform: Platform) -> bool:
-    return any("ray::ServeController" in _command(process) for process in processes_of(platform))
+def _has_parts(platform: Platform, parts: Sequence[str]) -> bool:
+    """Whether each of the parts stands in the command line of a living process of the platform."""
+    said = "\n".join(_command(process) for process in processes_of(platform))
+    return all(part in said for part in parts)
 
 
 def _command(process: psutil.Process) -> str:
