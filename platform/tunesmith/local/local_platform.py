@@ -31,7 +31,9 @@ from tunesmith.local import ports
 from tunesmith.settings import Settings
 
 HEAL_S = 20.0
-"""How long `up` waits for a platform that runs to become whole by itself."""
+"""How long `up` waits for missing processes of a platform that runs to be started again by themselves, in seconds."""
+ANSWER_S = 120.0
+"""How long `up` waits for the answers of a platform all of whose processes live, in seconds."""
 RAY_PARTS = (
     "/gcs_server ",
     "/raylet ",
@@ -108,7 +110,10 @@ def up(
 
 def _heal(settings: Settings, platform: Platform, *, door: bool, on_step: Callable[[str], None]) -> Started | None:
     """Start what is missing of a platform that runs; None where it must be ended and started anew."""
-    if not _until(lambda: is_ray_whole(settings, platform), limit_s=HEAL_S):
+    # What is there may be slow to answer on a busy machine; what is not there does not come by itself.
+    if not _until(lambda: _has_parts(platform, RAY_PARTS), limit_s=HEAL_S):
+        return None
+    if not _until(lambda: is_ray_whole(settings, platform), limit_s=ANSWER_S):
         return None
     if not door:
         return Started(platform, ray=False, door=False)
