@@ -1,6 +1,7 @@
 """One broken job, an outage or a lost lease: nothing fails for it, and nothing is done twice."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -126,15 +127,15 @@ def test_a_reconciler_that_slept_through_its_lease_changes_nothing_more(stage: S
 
 
 class HangingStorage(FolderStorage):
-    """Does not answer for the keys that hold `word`, until it is released."""
+    """Does not answer for keys that `hangs` picks, until it is released."""
 
-    def __init__(self, root: Path, word: str) -> None:
+    def __init__(self, root: Path, hangs: Callable[[str], bool]) -> None:
         super().__init__(root)
-        self.word = word
+        self.hangs = hangs
         self.asked, self.released = threading.Event(), threading.Event()
 
     def _path(self, key: str) -> Path:
-        if self.word in key:
+        if self.hangs(key):
             self.asked.set()
             assert self.released.wait(60)
         return super()._path(key)
@@ -142,7 +143,7 @@ class HangingStorage(FolderStorage):
 
 def test_a_storage_that_hangs_costs_no_lease(stage: Stage) -> None:
     record = stage.order()
-    storage = HangingStorage(stage.storage.root, record.id)
+    storage = HangingStorage(stage.storage.root, lambda key: record.id in key)
     stage.reconciler, second = stage.new_reconciler("first", storage=storage), stage.new_reconciler("second")
     for _ in range(10):
         stage.reconciler.round()
@@ -158,7 +159,7 @@ def test_a_storage_that_hangs_costs_no_lease(stage: Stage) -> None:
 
 def test_a_job_whose_storage_hangs_delays_no_other(stage: Stage) -> None:
     hanging, driver = stage.running()
-    storage = HangingStorage(stage.storage.root, hanging.id)
+    storage = HangingStorage(stage.storage.root, lambda key: hanging.id in key)
     stage.reconciler.close()
     stage.reconciler = stage.new_reconciler("second", storage=storage)
     stage.reconciler.round()
@@ -170,6 +171,25 @@ def test_a_job_whose_storage_hangs_delays_no_other(stage: Stage) -> None:
     storage.released.set()
     assert stage.reconciler.settle(60)
     assert stage.status(hanging)[0] == "stopped"
+
+
+@pytest.mark.parametrize("what", ["the look for jobs without a record", "a deletion"])
+def test_what_hangs_beside_the_jobs_delays_none_of_them(stage: Stage, what: str) -> None:
+    deleted = stage.order()
+    stage.store.request_stop(deleted.id)
+    stage.store.delete(deleted.id)
+    stage.storage.put(layout.job_json(deleted.id), b"{}")
+    folder = layout.job(deleted.id) if what == "a deletion" else "jobs"
+    storage = HangingStorage(stage.storage.root, lambda key: key == folder)
+    stage.reconciler = stage.new_reconciler("first", storage=storage)
+    stage.reconciler.round()
+    assert storage.asked.wait(60)
+    other = stage.order()
+    until(lambda: stage.reconciler.round() or stage.status(other)[0] == "preparing", limit_s=60)
+    assert not storage.released.is_set()
+    storage.released.set()
+    assert stage.reconciler.settle(60)
+    assert stage.store.deleted_unpurged() == []
 
 
 def test_nothing_is_remembered_of_jobs_that_left(stage: Stage) -> None:
