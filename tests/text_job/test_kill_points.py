@@ -20,8 +20,10 @@ from tests.support.recipe_alone import assert_close
 from tests.support.waiting import until
 from trainers.recipe.batches import BatchPlan
 from trainers.recipe.training_loop import Hooks, Outcome, train
+from trainers.text_job.checkpoint_manifests import CheckpointManifests
 from trainers.text_job.checkpoint_uploads import Uploads
-from trainers.text_job.stored_checkpoints import newest_checkpoint
+from trainers.text_job.stored_checkpoints import checkpoint_copy
+from tunesmith.jobs.attempts import EventWriter, checkpoints
 from tunesmith.storage.folder import FolderStorage
 
 ROWS, EPOCHS, STEPS_PER_EPOCH, SAVE_STEPS = 32, 4, 4, 3
@@ -30,12 +32,14 @@ STEPS = EPOCHS * STEPS_PER_EPOCH
 
 @dataclass(frozen=True)
 class Kill:
-    """Where a process ends itself, and the newest checkpoint that the next one finds."""
+    """Where a process ends itself, and the newest checkpoint that the next one goes on from."""
 
     step: int
     found: int
     before: str | None = None
     """None: it ends after the report of the step. Else: before this file of the step's checkpoint is stored."""
+    found_by_driver: int | None = None
+    """Where it is another one for a driver that lives: it makes a checkpoint count whose files are all stored."""
 
 
 KILLS = (
@@ -43,7 +47,8 @@ KILLS = (
     Kill(5, 3),
     Kill(8, 6),  # the last step of an epoch
     Kill(12, 9, before="optimizer.safetensors"),
-    Kill(15, 12, before="manifest.json"),
+    Kill(15, 12, before="stored.json"),
+    Kill(15, 12, before="manifest.json", found_by_driver=15),
 )
 
 
@@ -90,27 +95,55 @@ def trained(model: Path, report: Report, save: Save, resume_from: Path | None = 
 
 
 def run_attempt(folder: Path, job_id: str, attempt: int, kill: Kill | None) -> None:
-    """Train from the newest checkpoint there is to the end, or to the kill; a line of `told` a step."""
+    """Train from the newest checkpoint there is to the end, or to the kill; a line of `told` a step.
+
+    A worker and its driver's part in checkpoints are in this one process.
+    """
     storage = Deadly(folder / "storage", f"/{kill.step}/{kill.before}" if kill and kill.before else "none")
     with (
         (folder / "told").open("a", buffering=1) as told,
-        newest_checkpoint(storage, job_id) as (step, resume_from),
-        Uploads(storage, job_id=job_id, attempt=attempt, keep=10) as uploads,
+        EventWriter(storage, job_id, attempt) as events,
+        CheckpointManifests(storage, job_id, attempt, keep=10, events=events, flush=lambda: None) as manifests,
     ):
-        told.write(json.dumps({"resumed_from": step}) + "\n")
+        # What a driver does that has lost its workers.
+        manifests.settle(newest_told(folder))
+        newest = (checkpoints(storage, job_id) or [None])[-1]
+        told.write(json.dumps({"resumed_from": newest.step if newest else 0}) + "\n")
+        with (
+            checkpoint_copy(storage, newest) as resume_from,
+            Uploads(storage, job_id=job_id, attempt=attempt, keep=10) as uploads,
+        ):
 
-        def report(step: int, values: Mapping[str, float]) -> None:
-            told.write(json.dumps({"step": step, "loss": values["loss"]}) + "\n")
-            if kill is not None and kill.before is None and step == kill.step:
-                until(lambda: not kill.found or uploads.stored_step == kill.found)
-                os.kill(os.getpid(), signal.SIGKILL)
+            def counts(step: int) -> bool:
+                for uploaded in uploads.uploaded():
+                    manifests.add(uploaded)
+                return step in [0, *(checkpoint.step for checkpoint in checkpoints(storage, job_id))]
 
-        def save(step: int, at: Path | None) -> None:
-            if at is not None:
+            def report(step: int, values: Mapping[str, float]) -> None:
+                told.write(json.dumps({"step": step, "loss": values["loss"]}) + "\n")
+                counts(0)
+                if kill is not None and kill.before is None and step == kill.step:
+                    until(lambda: counts(kill.found))
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            def save(step: int, at: Path | None) -> None:
+                if at is None:
+                    return
+                if kill is None or kill.before is None or step != kill.step:
+                    uploads.add_checkpoint(step, at)
+                    return
+                until(lambda: counts(kill.found))
                 uploads.add_checkpoint(step, at)
+                until(lambda: counts(step))
 
-        outcome = trained(folder / "model", report, save, resume_from)
+            outcome = trained(folder / "model", report, save, resume_from)
     outcome.model.save_pretrained(folder / "adapter")
+
+
+def newest_told(folder: Path) -> int:
+    """The last step whose loss was told."""
+    lines = [json.loads(line) for line in (folder / "told").read_text().splitlines()]
+    return max((line["step"] for line in lines if "step" in line), default=0)
 
 
 @pytest.mark.slow
@@ -127,7 +160,8 @@ def test_a_run_killed_at_any_point_goes_on_as_if_it_had_not_been(tmp_path: Path,
         assert code == (0 if kill is None else -signal.SIGKILL), kill
     lines = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
     resumed_from = [line["resumed_from"] for line in lines if "resumed_from" in line]
-    assert resumed_from == [0, *(kill.found for kill in KILLS)]
+    found = [kill.found if lost == "driver" else kill.found_by_driver or kill.found for kill in KILLS]
+    assert resumed_from == [0, *found]
     losses = [(line["step"], line["loss"]) for line in lines if "step" in line]
     assert dict(losses) == whole
     assert set(losses) == set(whole.items()), "a step that was done again had another loss"
