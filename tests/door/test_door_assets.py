@@ -21,6 +21,7 @@ def test_models_and_datasets_are_shown_as_they_lie_in_storage(client: TestClient
     dataset = client.get("/v1/datasets/sums").json()
     assert dataset["tables"]["train.jsonl"]["columns"] == ["prompt", "response"]
     assert dataset["size_bytes"] == 3
+    assert dataset["files_url"] == f"{storage.url}/datasets/sums/1/files"
     assert [item["ref"] for item in client.get("/v1/datasets?name=sums").json()["items"]] == ["sums@1"]
 
 
