@@ -141,9 +141,7 @@ def _tell_restart(
 def _fit(attempt: Attempt, job: TextJob, callback: Any, resume_from: Checkpoint | None) -> None:
     """One run of TorchTrainer. Raises WorkerLostError, UnavailableError where Ray is lost, or what a worker raised."""
     from ray.exceptions import RayError
-    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
-
-    from trainers.text_job import hangs
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     folder = attempt.settings.home / "runs"
     name = f"{attempt.name}-{secrets.token_hex(4)}"
@@ -151,18 +149,36 @@ def _fit(attempt: Attempt, job: TextJob, callback: Any, resume_from: Checkpoint 
         with caches.held(folder / name):
             _trainer(attempt, job, callback, resume_from, folder=folder, name=name).fit()
     except TrainingFailedError as error:
-        spoke = hangs.take_hangs(name)
-        if spoke:
-            silent = [rank for rank in range(job.cards) if rank not in spoke]
-            raise HungError(attempt.settings.hang_timeout_s, spoke=spoke, silent=silent) from error
-        if isinstance(error, WorkerGroupError):
-            raise _cause(error.worker_failures) from error
-        raise WorkerLostError(f"Ray Train gave up: {_first_line(error)}") from error
+        raise _why_it_ended(error, attempt, run=name) from error
     except RayError as error:
         # Its controller lives on this driver's node: where it dies, Ray is going down.
-        raise UnavailableError(f"Ray was lost: {_first_line(error)}") from error
+        raise _ray_lost(error) from error
     finally:
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _why_it_ended(error: Exception, attempt: Attempt, *, run: str) -> BaseException:
+    """What the run of the workers is to be said to have ended with, from what Ray Train raised."""
+    from ray.exceptions import RayError
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    from trainers.text_job import hangs
+
+    try:
+        spoke = hangs.take_hangs(run)
+    except RayError as lost:
+        return _ray_lost(lost)
+    if spoke:
+        assert isinstance(attempt.job, TextJob)
+        silent = [rank for rank in range(attempt.job.cards) if rank not in spoke]
+        return HungError(attempt.settings.hang_timeout_s, spoke=spoke, silent=silent)
+    if isinstance(error, WorkerGroupError):
+        return _cause(error.worker_failures)
+    return WorkerLostError(f"Ray Train gave up: {_first_line(error)}")
+
+
+def _ray_lost(error: Exception) -> UnavailableError:
+    return UnavailableError(f"Ray was lost: {_first_line(error)}")
 
 
 def _trainer(
