@@ -38,7 +38,7 @@ from benchmarks.peers.environments import llamafactory_python, smollm2
 from benchmarks.peers.work import Work
 from benchmarks.results_file import figure, say, write_results
 from trainers.text.shards import TokenizedRows
-from trainers.text.tokenization import tokenize_rows
+from trainers.text.tokenized_data import tokenize_rows
 from tunesmith.assets.tables import read_rows
 from tunesmith.hyperparameters.checks import resolve
 from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters

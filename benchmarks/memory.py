@@ -29,7 +29,7 @@ from benchmarks.results_file import ROOT, figure, say, write_results
 from trainers.recipe.batches import BatchPlan
 from trainers.recipe.training_loop import PASS_TOKENS
 from trainers.text.shards import Batch, TokenizedRows
-from tunesmith.text.encoder import Encoded
+from tunesmith.text.tokenization import Encoded
 
 CONTESTANTS: Mapping[str, str] = {"ours": "ours", "hf_trainer": "hf_plain"}
 """By the names of their figures, those of `cpu_lora`."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.results_file import figure, say, write_results
 from trainers.recipe.batches import BatchPlan
-from trainers.text.tokenization import tokenize_rows
+from trainers.text.tokenized_data import tokenize_rows
 from tunesmith import clock
 from tunesmith.api.client import Client, read_on
 from tunesmith.assets.catalog import get_manifest

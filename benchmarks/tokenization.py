@@ -105,7 +105,7 @@ def _run(name: str, folder: Path, number: int, arguments: argparse.Namespace) ->
 
 
 def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
-    from trainers.text.tokenization import DataFile, tokenized
+    from trainers.text.tokenized_data import DataFile, tokenized
     from tunesmith.hyperparameters.checks import resolve
     from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
     from tunesmith.settings import Settings

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection
 
 from pydantic import ValidationError
 
+from serve_app.reconciler.driver_events import DriverEvents
 from serve_app.reconciler.drivers import Drivers, Life
-from serve_app.reconciler.event_lines import EventLines
 from serve_app.reconciler.launcher import ALIVE, STOP_WAIT_S, Launcher, RayJob
 from serve_app.reconciler.lease import LeasedRecords
 from tunesmith import clock, taken_down
@@ -67,7 +67,7 @@ class Supervisor:
         self._launcher = launcher
         self._settings = settings
         self._now = now
-        self._lines = EventLines(storage)
+        self._lines = DriverEvents(storage)
         self._drivers = Drivers(storage, settings, now, ask=launcher.lives)
         self._claims: dict[tuple[str, int], Claim] = {}
         self._contradicted: set[tuple[str, int]] = set()
@@ -79,10 +79,10 @@ class Supervisor:
         """Take a job in one of states.ON_CLUSTER as far as it goes now."""
         # The result before the lines: a driver writes it last, so that no line is missed when it is there.
         result = self._result(record)
-        record = self._adopt_lines(record)
+        record = self._take_events(record)
         if result is None:
             result = self._judge(record)
-        if result is not None and self._is_over(record, result):
+        if result is not None and self._ended(record, result):
             self._close(record, result)
             self._forget(record)
 
@@ -93,14 +93,14 @@ class Supervisor:
             message = f"result.json cannot be read: {error}"
             return Result(outcome="failed", reason="platform_error", message=message, time=clock.utc_text(self._now()))
 
-    def _adopt_lines(self, record: Record) -> Record:
+    def _take_events(self, record: Record) -> Record:
         attempt = record.status.attempt
-        adopted = self._records.store.adopted_lines(record.id, attempt)
-        for number, line in self._lines.unread(record.id, attempt, adopted=adopted):
-            record = self._adopt(record, line, Line(attempt, number))
+        taken = self._records.store.taken_lines(record.id, attempt)
+        for number, line in self._lines.unread(record.id, attempt, taken=taken):
+            record = self._take_event(record, line, Line(attempt, number))
         return record
 
-    def _adopt(self, record: Record, event: EventLine, line: Line) -> Record:
+    def _take_event(self, record: Record, event: EventLine, line: Line) -> Record:
         # A driver says that it runs. Only result.json ends a job, and the other moves are ours.
         is_news = event.state == "running" and record.status.state == "preparing"
         state = "running" if is_news else None
@@ -121,7 +121,7 @@ class Supervisor:
             job_url = layout.join(self._storage.url, layout.job_json(record.id))
             self._launcher.submit(record.id, record.status.attempt, job_url, account=record.account)
             return None
-        # Whom Ray does not know as a job cannot be asked after: it counts as alive.
+        # A driver that was not started as a Ray Job has no owner: Ray cannot be asked after it, so it counts as alive.
         ended = owner is not None and (told is None or told.status not in ALIVE)
         if claim is not None and claim.process is not None:
             life = self._drivers.life(_key(record), claim.process, in_doubt=ended)
@@ -150,8 +150,8 @@ class Supervisor:
         self._records.change(record, Change(message=message), data={"ray_status": told.status if told else None})
         logger.warning("%s: %s", record.id, message)
 
-    def _is_over(self, record: Record, result: Result) -> bool:
-        """Whether nobody is at work for the attempt any more. Of a fenced one, what is left on this node is killed."""
+    def _ended(self, record: Record, result: Result) -> bool:
+        """End what a fenced attempt has left on this node; whether nobody is at work for it any more."""
         claim = self._claim(record) if result.fenced else None
         if claim is None or claim.process is None or self._drivers.end(_key(record), claim.process):
             return True

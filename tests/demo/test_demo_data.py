@@ -146,7 +146,7 @@ def train_adapter(smollm2: Path, rows: Sequence[Row], folder: Path, *, seed: int
     from transformers import AutoTokenizer
 
     from trainers.recipe.training_loop import Hooks, train
-    from trainers.text.tokenization import tokenize_rows
+    from trainers.text.tokenized_data import tokenize_rows
     from tunesmith.hyperparameters.checks import resolve
     from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 

@@ -18,7 +18,7 @@ from trainers.recipe.lora import load_model
 from trainers.recipe.quantization import QuantizedLinear, unpacked
 from trainers.recipe.training_loop import Hooks, Outcome, train
 from trainers.text.shards import TokenizedRows
-from trainers.text.tokenization import tokenize_rows
+from trainers.text.tokenized_data import tokenize_rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,7 +21,7 @@ from trainers.recipe.kernels import attention
 from trainers.recipe.lora import load_model
 from trainers.recipe.loss import loss_sum
 from trainers.text.shards import TokenizedRows
-from trainers.text.tokenization import tokenize_rows
+from trainers.text.tokenized_data import tokenize_rows
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
 PACKS = ([9, 5], [7, 3, 1], [12, 2, 2, 8], [6])

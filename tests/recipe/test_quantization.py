@@ -20,7 +20,7 @@ from trainers.recipe.quantization import QuantizedLinear, unpacked
 from trainers.recipe.strategy import trained_parameters
 from trainers.recipe.training_loop import Hooks, Outcome, train
 from trainers.text.shards import TokenizedRows
-from trainers.text.tokenization import tokenize_rows
+from trainers.text.tokenized_data import tokenize_rows
 from trainers.text_job import products
 from tunesmith.errors import ModelError, SpecError
 from tunesmith.jobs.spec import TextJob

@@ -16,7 +16,7 @@ sys.modules |= dict.fromkeys(missing)  # None: as if it were not installed
 
 from tests.support import tiny
 from trainers.recipe.training_loop import Hooks, train
-from trainers.text.tokenization import tokenize_rows
+from trainers.text.tokenized_data import tokenize_rows
 
 options = {"hyperparameters": tiny.hyperparameters(max_steps=2), "advanced": tiny.advanced()}
 rows = tokenize_rows(tiny.sums(16), tiny.make_tokenizer(), training_type="text-question-answering", **options)

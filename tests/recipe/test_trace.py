@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.support import tiny
 from trainers.recipe.trace import traced
 from trainers.recipe.training_loop import Hooks, train
-from trainers.text.tokenization import tokenize_rows
+from trainers.text.tokenized_data import tokenize_rows
 
 
 def test_a_training_leaves_the_trace_of_its_third_to_fifth_step(tmp_path: Path) -> None:

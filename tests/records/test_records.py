@@ -192,8 +192,8 @@ def test_a_line_that_was_adopted_is_not_adopted_again(store: RecordStore) -> Non
     for _ in range(2):
         for number, phase in enumerate(("fetch", "tokenize")):
             store.change(record.id, Change(phase=phase, attempt=1), line=Line(1, number))
-    assert store.adopted_lines(record.id, 1) == 2
-    assert store.adopted_lines(record.id, 2) == 0
+    assert store.taken_lines(record.id, 1) == 2
+    assert store.taken_lines(record.id, 2) == 0
     assert [event.change.phase for event in store.events(record.id)[3:]] == ["fetch", "tokenize"]
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tunesmith.text.chat_templates import Piece
-from tunesmith.text.encoder import Part
+from tunesmith.text.tokenization import Part
 
 
 def right_cut(parts: list[Part], limit: int, head: int = 0) -> list[Part]:

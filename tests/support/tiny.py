@@ -110,7 +110,7 @@ def sums(count: int) -> list[dict[str, str]]:
 
 def tokens(count: int) -> TokenizedRows:
     """So many rows of `sums`, tokenised."""
-    from trainers.text.tokenization import tokenize_rows
+    from trainers.text.tokenized_data import tokenize_rows
 
     return tokenize_rows(
         sums(count),

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import tiny
-from trainers.text import tokenization
+from trainers.text import tokenized_data
 from trainers.text.shards import TokenizedRows
-from trainers.text.tokenization import DataFile
+from trainers.text.tokenized_data import DataFile
 from tunesmith.settings import Settings
 from tunesmith.storage.base import Storage
 
@@ -19,7 +19,7 @@ def build(
 ) -> TokenizedRows:
     progress = given.pop("progress", None)
     advanced = tiny.advanced(train_on_history=given.pop("train_on_history", False))
-    return tokenization.tokenized(
+    return tokenized_data.tokenized(
         [DataFile.at(file) for file in files],
         given.pop("tokenizer", TOKENIZER),
         hyperparameters=tiny.hyperparameters(**given),

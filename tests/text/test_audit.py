@@ -8,11 +8,11 @@ import pytest
 from tests.support import families, tiny
 from tests.support.encoder_faults import right_cut, tokenised_whole
 from trainers.text.audit import audit, refuse
-from trainers.text.tokenization import tokenize_rows
+from trainers.text.tokenized_data import tokenize_rows
 from tunesmith.errors import DataError
 from tunesmith.jobs.audit_report import AuditReport
 from tunesmith.text import chat_templates
-from tunesmith.text import encoder as encoder_module
+from tunesmith.text import tokenization as encoder_module
 from tunesmith.text.columns import find_format
 from tunesmith.text.control_tokens import ControlTokens
 from tunesmith.text.formats import Example, turns

@@ -12,10 +12,10 @@ from tests.support import tiny
 from tests.support.encoder_faults import right_cut, tokenised_whole
 from tests.support.mask_cases import CASES, Case
 from tunesmith.errors import DataError
-from tunesmith.text import chat_templates, encoder
+from tunesmith.text import chat_templates, tokenization
 from tunesmith.text.control_tokens import ControlTokens
-from tunesmith.text.encoder import Encoder, Part
 from tunesmith.text.formats import Example, Turn
+from tunesmith.text.tokenization import Encoder, Part
 
 
 @cache
@@ -110,16 +110,28 @@ GUARDS: dict[str, Guard] = {
     "the end of text is put where a template has none": (ControlTokens, "ended", lambda self, text: text),
     "data spells out no control token": (ControlTokens, "hide", lambda self, text: text),
     "nor an end of turn that is not declared special": (ControlTokens, "guard", lambda self, ending: None),
-    "history is context": (encoder, "history_is_trained", lambda advanced: True),
-    "history is trained where it is asked for": (encoder, "history_is_trained", lambda advanced: False),
-    "marks go by place": (encoder, "mask", _mask_by_id),
-    "no second beginning of text": (encoder, "begin", lambda parts, beginning: [(beginning, False), *parts]),
-    "a beginning of text": (encoder, "begin", lambda parts, beginning: list(parts)),
-    "the answer is kept": (encoder, "cut", right_cut),
-    "the beginning of text is kept": (encoder, "cut", lambda parts, limit, head, cut=encoder.cut: cut(parts, limit)),
-    "prompt and answer are tokenised apart": (encoder.TextTokens, "encode", tokenised_whole),
-    "text behind text gets no space": (encoder.TextTokens, "_behind", lambda self, before, ids, text: self._ids(text)),
-    "control tokens that are spelled out are split": (encoder.TextTokens, "_plain", lambda self, text: self._ids(text)),
+    "history is context": (tokenization, "history_is_trained", lambda advanced: True),
+    "history is trained where it is asked for": (tokenization, "history_is_trained", lambda advanced: False),
+    "marks go by place": (tokenization, "mask", _mask_by_id),
+    "no second beginning of text": (tokenization, "begin", lambda parts, beginning: [(beginning, False), *parts]),
+    "a beginning of text": (tokenization, "begin", lambda parts, beginning: list(parts)),
+    "the answer is kept": (tokenization, "cut", right_cut),
+    "the beginning of text is kept": (
+        tokenization,
+        "cut",
+        lambda parts, limit, head, cut=tokenization.cut: cut(parts, limit),
+    ),
+    "prompt and answer are tokenised apart": (tokenization.TextTokens, "encode", tokenised_whole),
+    "text behind text gets no space": (
+        tokenization.TextTokens,
+        "_behind",
+        lambda self, before, ids, text: self._ids(text),
+    ),
+    "control tokens that are spelled out are split": (
+        tokenization.TextTokens,
+        "_plain",
+        lambda self, text: self._ids(text),
+    ),
 }
 
 

@@ -26,7 +26,7 @@ def test_the_held_out_loss_falls(smollm2: Path, file: str, fields: dict[str, str
     from transformers import AutoTokenizer
 
     from trainers.recipe.training_loop import Hooks, train
-    from trainers.text.tokenization import tokenize_rows
+    from trainers.text.tokenized_data import tokenize_rows
 
     if not (SHARED / file).exists():
         pytest.skip(f"{SHARED / file} is not here")

@@ -10,8 +10,7 @@ import pytest
 
 from trainers.attempt.report import Report
 from trainers.attempt.report_writer import ReportWriter
-from trainers.text_job.ray_train_reports import KEY
-from trainers.text_job.report_socket import ReportSocket
+from trainers.text_job.report_channel import KEY, ReportSocket
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import EventLine, EventWriter, MetricLine
 from tunesmith.storage import layout

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from trainers.recipe.strategy import shares_base
 from tunesmith.hyperparameters.definitions import EncodingAdvanced, EncodingHyperparameters
 from tunesmith.jobs.evaluation_record import Answer, Evaluation
-from tunesmith.text.encoder import Encoder
 from tunesmith.text.formats import Example
+from tunesmith.text.tokenization import Encoder
 
 KEPT_ANSWERS = 64
 """Answers that an evaluation keeps, the first ones; the scores are over all."""

@@ -19,8 +19,8 @@ from trainers.text.shards import TokenizedRows
 from tunesmith.errors import DataError
 from tunesmith.hyperparameters.definitions import EncodingAdvanced, EncodingHyperparameters
 from tunesmith.jobs.audit_report import AuditCounts, AuditedRow, AuditReport, Finding
-from tunesmith.text.encoder import Encoder
 from tunesmith.text.formats import Example
+from tunesmith.text.tokenization import Encoder
 
 CHECKED_ROWS = 256
 """Rows that are decoded and compared, the first ones."""

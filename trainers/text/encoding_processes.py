@@ -21,8 +21,8 @@ from tunesmith.assets.tables import Block, place
 from tunesmith.errors import DataError, TunesmithError, WorkerLostError
 from tunesmith.hyperparameters.definitions import EncodingAdvanced, EncodingHyperparameters
 from tunesmith.text.columns import RowFormat
-from tunesmith.text.encoder import Encoded, Encoder
 from tunesmith.text.formats import Example, turns
+from tunesmith.text.tokenization import Encoded, Encoder
 
 BATCH_ROWS = 512
 """Rows tokenised in one call; batches of text are faster than single ones."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from tunesmith.frozen import Frozen
 from tunesmith.jobs.audit_report import AuditCounts
-from tunesmith.text.encoder import Encoded
+from tunesmith.text.tokenization import Encoded
 
 SHARD_BYTES = 256 << 20
 """A shard is closed once it holds so much."""

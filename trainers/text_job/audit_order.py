@@ -12,7 +12,7 @@ from typing import Any
 
 from trainers.attempt.fetch import fetch
 from trainers.text.audit import CHECKED_ROWS, audit
-from trainers.text.tokenization import first_examples, tokenized
+from trainers.text.tokenized_data import first_examples, tokenized
 from trainers.text_job.job_data import data_files
 from tunesmith.clock import utc_text
 from tunesmith.errors import SpecError, TunesmithError

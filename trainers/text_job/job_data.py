@@ -15,7 +15,7 @@ from trainers.attempt.context import Attempt
 from trainers.attempt.fetch import Fetched, fetch
 from trainers.text.audit import CHECKED_ROWS, audit, refuse
 from trainers.text.shards import TokenizedRows
-from trainers.text.tokenization import PARALLEL_BYTES, DataFile, Progress, first_examples, tokenized
+from trainers.text.tokenized_data import PARALLEL_BYTES, DataFile, Progress, first_examples, tokenized
 from tunesmith.assets.catalog import get_manifest
 from tunesmith.jobs.audit_report import AuditReport
 from tunesmith.jobs.drafting import training_files

@@ -62,7 +62,7 @@ def run_training(attempt: Attempt, job: TextJob) -> Result:
 
 def _train(attempt: Attempt, job: TextJob) -> Mapping[str, Any] | None:
     """Run the workers to their end, with all that they report and save in storage; what their last report says."""
-    from trainers.text_job.report_socket import ReportSocket
+    from trainers.text_job.report_channel import ReportSocket
 
     with (
         report_writer(attempt) as reports,

@@ -23,12 +23,12 @@ from trainers.recipe import memory
 from trainers.recipe.evaluation import HeldOut, answer, evaluation
 from trainers.recipe.strategy import Worker
 from trainers.recipe.training_loop import Hooks, Outcome, train
-from trainers.text.tokenization import first_examples
+from trainers.text.tokenized_data import first_examples
 from trainers.text_job import hangs
 from trainers.text_job.checkpoint_uploads import Uploads
 from trainers.text_job.job_data import Data, load_data
 from trainers.text_job.products import write_products
-from trainers.text_job.ray_train_reports import KEY
+from trainers.text_job.report_channel import KEY
 from trainers.text_job.stored_checkpoints import checkpoint_copy
 from trainers.text_job.watchdog import Watchdog, end_hung
 from trainers.text_job.worker_task import WorkerTask

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import typer
 
 from tunesmith.cli import assets, audit, evaluations, jobs, machine, model_folders, submit
+from tunesmith.cli.session import exit_code, print_error
+from tunesmith.errors import TunesmithError
 
 _HELP = """
 Fine-tuning on Ray: pick a model, pick data, order a job, watch it, get a new model.
@@ -64,3 +68,22 @@ _jobs.command()(evaluations.evaluations)
 _jobs.command()(jobs.stop)
 _jobs.command()(jobs.delete)
 app.add_typer(_jobs, name="jobs")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command (default: the process's arguments) and exit with its code."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="tunesmith")
+    except TunesmithError as error:
+        _end(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "tunesmith"):
+            raise
+        hint = "pip install 'tunesmith[cluster]' installs what a platform needs"
+        _end(TunesmithError(f"this command needs the package {package}, which is not installed", hint=hint))
+
+
+def _end(error: TunesmithError) -> None:
+    print_error(error)
+    raise SystemExit(exit_code(error)) from None

@@ -166,7 +166,7 @@ class RecordStore:
         with self.database.reading() as connection:
             return set(connection.scalars(sa.select(JOBS.c.id)))
 
-    def adopted_lines(self, job_id: str, attempt: int) -> int:
+    def taken_lines(self, job_id: str, attempt: int) -> int:
         """How many lines of an attempt's events were adopted."""
         with self.database.reading() as connection:
             return events.adopted(connection, job_id, attempt)

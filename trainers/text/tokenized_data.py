@@ -39,7 +39,7 @@ PARALLEL_BYTES = 16 << 20
 PROGRESS_S = 3.0
 
 _CODE = (
-    "tunesmith.text.encoder",
+    "tunesmith.text.tokenization",
     "tunesmith.text.chat_templates",
     "tunesmith.text.control_tokens",
     "tunesmith.text.formats",

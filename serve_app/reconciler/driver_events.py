@@ -15,7 +15,7 @@ from tunesmith.storage.segments import read_segments
 logger = logging.getLogger(__name__)
 
 
-class EventLines:
+class DriverEvents:
     """Remembers how far each attempt was read. What it forgets is read again, never skipped."""
 
     def __init__(self, storage: Storage) -> None:
@@ -23,12 +23,12 @@ class EventLines:
         self._places: dict[tuple[str, int], tuple[int, int]] = {}
         """By job and attempt: the last segment that was read, and how many lines there were up to its end."""
 
-    def unread(self, job_id: str, attempt: int, *, adopted: int) -> Iterator[tuple[int, EventLine]]:
-        """Lines with their number from 0, from line `adopted` on. A line counts as read when the next is asked for."""
+    def unread(self, job_id: str, attempt: int, *, taken: int) -> Iterator[tuple[int, EventLine]]:
+        """Lines with their number from 0, from line `taken` on. A line counts as read when the next is asked for."""
         segment, number = self._places.get((job_id, attempt), (0, 0))
         for part in read_segments(self._storage, layout.events(job_id, attempt), after=segment):
             for text in part.data.splitlines():
-                line = _parse(text, job_id) if number >= adopted else None
+                line = _parse(text, job_id) if number >= taken else None
                 if line is not None:
                     yield number, line
                 number += 1

@@ -45,7 +45,7 @@ from pathlib import Path
 from tests.support import tiny
 from trainers.text.audit import CHECKED_ROWS, audit
 from trainers.recipe.training_loop import Hooks, train
-from trainers.text.tokenization import DataFile, first_examples, tokenized
+from trainers.text.tokenized_data import DataFile, first_examples, tokenized
 from tunesmith.settings import Settings
 from tunesmith.storage.folder import FolderStorage
 

@@ -1,7 +1,7 @@
-"""The driver's end of what Ray Train's controller passes on: every report of the workers, through a Unix socket.
+"""The channel from workers to the driver: every report of theirs, through Ray Train and a Unix socket.
 
-Ray Train calls back in its controller, an actor on the driver's node. The callback sends the reports and waits for the
-answer, which comes once they are written.
+Ray Train calls back in its controller, an actor on the driver's node. The callback sends the reports to the driver and
+waits for the answer, which comes once they are written.
 """
 
 from __future__ import annotations
@@ -12,13 +12,34 @@ import tempfile
 import threading
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from typing import Any
+
+from ray.train.v2.api.callback import UserCallback
 
 from trainers.attempt.report import Report
-from trainers.text_job.ray_train_reports import ForwardReports
+
+KEY = "tunesmith"
+"""Under which a Report lies in the metrics of ray.train.report."""
 
 logger = logging.getLogger(__name__)
+
+
+class ForwardReports(UserCallback):  # type: ignore[misc]
+    """Runs in Ray Train's controller; passes reports on to the driver."""
+
+    def __init__(self, address: str, secret: bytes) -> None:
+        self._address = address
+        self._secret = secret
+        self._connection: Connection | None = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if self._connection is None:
+            self._connection = Client(self._address, "AF_UNIX", authkey=self._secret)
+        self._connection.send([each[KEY] for each in metrics])
+        # Once it is answered, it is written: no report is lost when the run ends.
+        self._connection.recv()
 
 
 class ReportSocket:
