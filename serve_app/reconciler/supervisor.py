@@ -237,14 +237,16 @@ class Supervisor:
     def _close_lost(self, record: Record, result: Result) -> None:
         attempt = record.status.attempt
         retries = REGISTER_RETRIES if isinstance(record.job, RegisterJob) else record.job.advanced.max_retries
-        more = attempts.losses(self._storage, record.id, up_to=attempt) <= retries
+        losses = attempts.losses(self._storage, record.id, up_to=attempt)
         what = f"attempt {attempt} was lost: {result.message}"
-        if more:
+        if losses <= retries:
             pause_s = attempts.retry_pause_s(attempt)
             follows = f"attempt {attempt + 1} follows" + (f" in {pause_s:.0f} s" if pause_s else "")
             change = Change(state="queued", reason=result.reason or "worker_lost", message=f"{what}; {follows}")
         else:
-            change = Change(state="failed", reason="worker_lost", message=f"{what}; it was the last of {retries + 1}")
+            change = Change(
+                state="failed", reason="worker_lost", message=f"{what}; {losses} were lost, it was the last"
+            )
         self._records.change(record, change, data={"lost_attempt": attempt})
         logger.warning("%s: %s", record.id, change.message)
 

@@ -14,10 +14,10 @@ from tunesmith.hyperparameters.checks import resolve
 from tunesmith.hyperparameters.definitions import (
     SECTIONS,
     Advanced,
-    CustomAdvanced,
     EncodingAdvanced,
     EncodingHyperparameters,
     LoraHyperparameters,
+    SharedAdvanced,
     for_model,
 )
 from tunesmith.hyperparameters.document import document
@@ -88,7 +88,7 @@ def test_what_decides_the_tokens_and_what_means_something_to_custom_training_is_
         "max_seq_length",
         "train_on_history",
     }
-    assert [*CustomAdvanced.model_fields] == ["max_retries"]
+    assert [*SharedAdvanced.model_fields] == ["max_retries"]
 
 
 def test_every_default_is_legal_and_every_name_has_help_in_both_languages() -> None:

@@ -107,7 +107,7 @@ def test_a_job_that_loses_every_attempt_fails(stage: Stage) -> None:
         stage.launcher.tell(f"{record.id}-a{attempt}", "FAILED")
         stage.rounds(2, seconds=ENDED_S)
     assert stage.status(record) == ("failed", "worker_lost", 3)
-    assert "the last of 3" in str(stage.store.get(record.id).status.message)
+    assert "3 were lost, it was the last" in str(stage.store.get(record.id).status.message)
 
 
 def test_a_registration_goes_the_same_way_with_one_retry(stage: Stage) -> None:

@@ -22,7 +22,7 @@ from tunesmith.assets.train_params import TYPES, Method, Parameter, read_methods
 from tunesmith.errors import SpecError, nearest
 from tunesmith.frozen import Tolerant
 from tunesmith.hyperparameters.checks import is_of_type, refusal, resolve
-from tunesmith.hyperparameters.definitions import Advanced, CustomAdvanced
+from tunesmith.hyperparameters.definitions import Advanced, SharedAdvanced
 from tunesmith.hyperparameters.field import Hyperparameter, Value
 
 FOLDER = "gallery_train"
@@ -137,9 +137,9 @@ def fill_in(method: Method, given: Mapping[str, Any]) -> dict[str, Value]:
     return settled
 
 
-def advanced(given: Mapping[str, Any]) -> CustomAdvanced:
+def advanced(given: Mapping[str, Any]) -> SharedAdvanced:
     """The checked `advanced` of training that is not the platform's own. SpecError names what is the recipe's alone."""
-    allowed = CustomAdvanced.model_fields
+    allowed = SharedAdvanced.model_fields
     for name in given:
         if name in Advanced.model_fields and name not in allowed:
             raise SpecError(
@@ -148,7 +148,7 @@ def advanced(given: Mapping[str, Any]) -> CustomAdvanced:
                 hint="what train.py is to know belongs under hyperparameters, and into train_params.json",
                 code="not_for_custom",
             )
-    return resolve(CustomAdvanced, given)
+    return resolve(SharedAdvanced, given)
 
 
 def _checked(parameter: Parameter, value: Any) -> Value:

@@ -52,7 +52,7 @@ class EncodingHyperparameters(Section):
 
 
 class LoraHyperparameters(EncodingHyperparameters):
-    """The guide's 25, for the method LoRA."""
+    """The 25 of Huawei Cloud AI Gallery's fine-tuning guide, for the method LoRA (docs/contracts.md, section 3)."""
 
     method: ClassVar[str] = "LoRA"
 
@@ -115,7 +115,7 @@ class LoraHyperparameters(EncodingHyperparameters):
         Chinese("评估时最多使用的测试样本数：计算损失，并生成回答")] = 64
 
 
-class CustomAdvanced(Section):
+class SharedAdvanced(Section):
     """Those under `advanced` that mean something to any training, a model's own `train.py` included."""
 
     section: ClassVar[str] = "advanced"
@@ -136,8 +136,8 @@ class EncodingAdvanced(Section):
         Chinese("历史对话中的回答是否也参与训练")] = False
 
 
-class Advanced(EncodingAdvanced, CustomAdvanced):
-    """Those that the platform adds to the guide's, for the built-in recipe."""
+class Advanced(EncodingAdvanced, SharedAdvanced):
+    """Those that the platform adds to the guide's 25, for the built-in recipe."""
 
     num_train_epochs: Annotated[
         int, Field(ge=1, le=10**6, description="times the data is gone through"),

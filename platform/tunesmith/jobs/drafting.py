@@ -17,7 +17,7 @@ from tunesmith.assets.gallery import fill_in
 from tunesmith.assets.training_types import CUSTOM
 from tunesmith.errors import DataError, SpecError, nearest
 from tunesmith.hyperparameters.checks import resolve
-from tunesmith.hyperparameters.definitions import Advanced, CustomAdvanced, LoraHyperparameters, for_model
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters, SharedAdvanced, for_model
 from tunesmith.hyperparameters.field import Value
 from tunesmith.jobs.adapters import find_adapter
 from tunesmith.jobs.flavors import Flavor, get_flavor, load_flavors
@@ -126,7 +126,7 @@ class _Settled:
 
     method: str
     hyperparameters: LoraHyperparameters | Mapping[str, Value]
-    advanced: CustomAdvanced
+    advanced: SharedAdvanced
     resources: Mapping[str, float] = field(default_factory=dict)
     """Ray's, of one worker, besides the flavor's."""
 

@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from tunesmith.errors import SpecError, nearest
 from tunesmith.frozen import Frozen
-from tunesmith.hyperparameters.definitions import Advanced, CustomAdvanced, LoraHyperparameters
+from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters, SharedAdvanced
 from tunesmith.hyperparameters.field import Value, json_schema
 
 # A custom model has names of its own.
@@ -78,7 +78,7 @@ class TrainJob(Frozen):
     training_type: str
     method: str
     hyperparameters: LoraHyperparameters | Mapping[str, Value]
-    advanced: CustomAdvanced
+    advanced: SharedAdvanced
     flavor: str
     cards: int
     resources: dict[str, float]
