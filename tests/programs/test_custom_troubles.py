@@ -566,11 +566,11 @@ def test_a_model_with_a_link_is_refused_by_the_name_of_the_link(running: Running
     for number, (name, target) in enumerate(links.items()):
         folder = galleries.make(tmp_path / f"m{number}")
         (folder / name).symlink_to(target)
-        started[name] = (folder, running.client.register_model(f"linked{number}", str(folder)))
-    for name, (folder, job) in started.items():
+        started[name] = running.client.register_model(f"linked{number}", str(folder))
+    for name, job in started.items():
         ended = running.client.wait(job.id)
         assert (ended.state, ended.reason) == ("failed", "data_error"), ended
-        assert f"{folder / name} is a link; only files and folders are taken" in (ended.message or "")
+        assert (ended.message or "").startswith(f"{name} is a link; only files and folders are taken")
         assert running.client.models(name=ended.output.partition("@")[0]).items == []
 
 
