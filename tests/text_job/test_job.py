@@ -42,7 +42,7 @@ def ordered(ready: Running, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         "new": jobs.spec(hyperparameters={"max_steps": 150, "save_steps": 50}, advanced={"num_train_epochs": 10}),
         "earlier": jobs.spec(output_model="earlier", hyperparameters={"max_steps": 30, "lora_rank": 4}),
         "quantized": jobs.spec(output_model="tuned-4", hyperparameters={"max_steps": 4, "bits": 4}),
-        "time limit": jobs.spec(output_model="never", max_run_time_s=1, **endless),
+        "time limit": jobs.spec(output_model="never", max_run_time_s=60, **endless),
         "bad rows": jobs.spec(dataset="numbers", hyperparameters={"test_data_file": None}),
     }
     return {name: ready.client.submit(spec) for name, spec in specs.items()}

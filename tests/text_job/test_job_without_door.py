@@ -83,7 +83,7 @@ def test_a_job_without_a_door_leaves_the_same_and_is_adopted(
     assert {key for key in own if "attempts" not in key} == {"job.json"}
     attempt = [key.removeprefix("attempts/1/") for key in own if key.startswith("attempts/1/")]
     grows = {"logs", "metrics", "events", "checkpoints", "evaluations"}
-    assert {key.partition("/")[0] for key in attempt} == {"claim", "result.json", "audit.json", *grows}
+    assert {key.partition("/")[0] for key in attempt} == {"claim", "heartbeat", "result.json", "audit.json", *grows}
     evaluated = {key.removeprefix("evaluations/") for key in attempt if key.startswith("evaluations/")}
     assert evaluated == {f"{step}.json" for step in (0, 5, 10, 15, 20)}
     for kind in ("logs/driver", "logs/0", "metrics", "events"):

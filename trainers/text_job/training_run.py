@@ -82,13 +82,17 @@ def _train(attempt: Attempt, job: TextJob) -> Mapping[str, Any] | None:
                 manifests.add(step)
 
         with ReportSocket(take) as socket:
-            fit_with_restarts(
-                attempt,
-                job,
-                reports=reports,
-                manifests=manifests,
-                fit=lambda newest: _fit(attempt, job, socket.callback(), newest),
-            )
+            try:
+                fit_with_restarts(
+                    attempt,
+                    job,
+                    reports=reports,
+                    manifests=manifests,
+                    fit=lambda newest: _fit(attempt, job, socket.callback(), newest),
+                )
+            finally:
+                # What workers had stored when an error ended them counts too, though none could tell of it any more.
+                manifests.settle(reports.last_step)
         return reports.products
 
 
