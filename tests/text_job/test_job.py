@@ -37,7 +37,7 @@ def ordered(ready: Running, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("numbers")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 7}\n')
     publish(ready, "dataset", "numbers", folder)
-    endless = {"hyperparameters": {"max_steps": 5000, "save_steps": 1000}, "advanced": {"num_train_epochs": 1000}}
+    endless = {"hyperparameters": {"max_steps": 20000, "save_steps": 1000}, "advanced": {"num_train_epochs": 10000}}
     specs = {
         "new": jobs.spec(hyperparameters={"max_steps": 150, "save_steps": 50}, advanced={"num_train_epochs": 10}),
         "earlier": jobs.spec(output_model="earlier", hyperparameters={"max_steps": 30, "lora_rank": 4}),
