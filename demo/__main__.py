@@ -30,7 +30,9 @@ from tunesmith.errors import SpecError, TunesmithError
 from tunesmith.local import local_platform, ports
 from tunesmith.settings import Settings
 
-HOME = Path(__file__).resolve().parent.parent / ".demo"
+FOLDER = Path(__file__).resolve().parent.parent / ".demo"
+"""What the demo makes. Beside its platform's home, for nothing in a home may be registered."""
+HOME = FOLDER / "home"
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,13 @@ def main() -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     try:
         options = Options.from_env(os.environ)
-        prepared = prepare(options.data, HOME / "data")
+        prepared = prepare(options.data, FOLDER / "data")
         with _platform(console, keep=options.keep) as settings, _client(settings) as client:
             done = run(
                 client,
                 prepared,
                 console,
-                home=HOME,
+                folder=FOLDER,
                 max_steps=options.max_steps,
                 seed=options.seed,
                 flavor=options.flavor,

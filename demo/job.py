@@ -86,14 +86,14 @@ def run(
     prepared: Prepared,
     console: Console,
     *,
-    home: Path,
+    folder: Path,
     max_steps: int | None,
     seed: int,
     flavor: str | None,
 ) -> bool:
     """Whether the job completed."""
     started = time.monotonic()
-    base = _register_model(client, prepared.order.model, console, home / "tmp" / "model")
+    base = _register_model(client, prepared.order.model, console, folder / "model")
     dataset = _register_dataset(client, prepared.order.dataset, prepared.folder, console)
     if base is None or dataset is None:
         return False
@@ -111,7 +111,7 @@ def run(
     if job.state != "completed":
         return False
 
-    _show(client, job, prepared, console, curves=home / "curves")
+    _show(client, job, prepared, console, curves=folder / "curves")
     console.print(f"\n{time.monotonic() - started:.0f} s from the first registration to here.", style="dim")
     return True
 

@@ -221,7 +221,7 @@ def test_an_attempt_whose_patience_is_at_its_end_is_lost_and_another_follows(run
     impatient = running.settings.model_copy(update={"storage_patience_s": 5})
     code = (
         "import sys; from serve_app.reconciler.launcher import RayLauncher; from tunesmith.settings import Settings; "
-        "RayLauncher(Settings.from_env()).submit(sys.argv[1], 1, sys.argv[2])"
+        "RayLauncher(Settings.from_env()).submit(sys.argv[1], 1, sys.argv[2], account='operator')"
     )
     subprocess.run(
         [sys.executable, "-c", code, job.id, layout.join(running.storage.url, layout.job_json(job.id))],
