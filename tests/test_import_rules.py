@@ -23,7 +23,7 @@ PLANTED = {
     "The front door's rooms, upper ones first": ("serve_app.routes.jobs", "serve_app.deploy"),
     "The recipe knows neither Ray nor storage nor attempts": ("trainers.recipe.trace", "ray"),
     "Text knows neither torch nor Ray": ("tunesmith.text.control_tokens", "torch"),
-    "Users' programs know neither torch nor the recipe": ("trainers.programs.cgroups", "trainers.recipe.loss"),
+    "Users' programs know neither torch nor the recipe": ("trainers.isolation.cgroups", "trainers.recipe.loss"),
     "Whoever uses the API by Python loads neither database nor Ray nor torch": ("tunesmith.api.views", "sqlalchemy"),
     "No circle among the files of a package": ("tunesmith.errors", "tunesmith.settings"),
 }  # fmt: skip

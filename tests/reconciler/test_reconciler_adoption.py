@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.reconciler.adoption import PAUSE_S as ADOPTION_S
-from serve_app.reconciler.supervisor import ENDED_S
+from serve_app.reconciler.attempt_supervisor import ENDED_S
+from serve_app.reconciler.doorless_jobs import PAUSE_S as ADOPTION_S
 from tests.support.stage import FakeDriver, Stage, line
 from tunesmith.clock import utc_text
 from tunesmith.jobs import attempts

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve_app.reconciler.supervisor import ENDED_S
+from serve_app.reconciler.attempt_supervisor import ENDED_S
 from tests.support.stage import FakeDriver, Stage, line
 from tests.support.waiting import until
 from tunesmith import processes, taken_down

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from serve_app.reconciler.attempt_supervisor import ENDED_S
 from serve_app.reconciler.launcher import ALIVE
-from serve_app.reconciler.supervisor import ENDED_S
 from tests.support.stage import NOW, FakeDriver, Stage, line, play_round
 from tunesmith.jobs.states import FINAL, replay
 from tunesmith.records.record import Record

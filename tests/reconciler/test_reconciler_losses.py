@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.reconciler.attempt_supervisor import ENDED_S, FORCED_S
 from serve_app.reconciler.launcher import STOP_WAIT_S
-from serve_app.reconciler.supervisor import ENDED_S, FORCED_S
 from tests.support.stage import FakeDriver, FakeLauncher, Stage, line
 from tunesmith.clock import seconds
 from tunesmith.jobs import attempts

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.reconciler.attempt_supervisor import Supervisor
 from serve_app.reconciler.lanes import Lanes
-from serve_app.reconciler.supervisor import Supervisor
 from tests.support.stage import Stage, play_round
 from tests.support.waiting import until
 from tunesmith.errors import StorageError

@@ -10,7 +10,7 @@ import pytest
 
 from serve_app.reconciler import launcher
 from trainers import driver
-from trainers.programs.bubblewrap import find_bubblewrap
+from trainers.isolation.bubblewrap import find_bubblewrap
 from tunesmith.errors import EXIT_STORAGE_FULL, STORAGE_FULL, StorageError
 from tunesmith.storage.folder import FolderStorage
 from tunesmith.storage.patience import PatientStorage

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trainers.programs.bubblewrap import IsolationError
+from trainers.isolation.bubblewrap import IsolationError
 from trainers.programs.images import find_podman
 from tunesmith.settings import Settings
 

@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.programs import outputs, sandbox
-from trainers.programs.program import Program
+from trainers.isolation import outputs, sandbox
+from trainers.isolation.program import Program
+from trainers.isolation.sandbox import Room
 from trainers.programs.program_log import ProgramLog
-from trainers.programs.sandbox import Room
 from tunesmith import caches
 from tunesmith.errors import SpecError
 from tunesmith.settings import Settings

@@ -25,13 +25,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trainers.programs import sandbox
-from trainers.programs.bubblewrap import IsolationError, find_bubblewrap
+from trainers.isolation import sandbox
+from trainers.isolation.bubblewrap import IsolationError, find_bubblewrap
+from trainers.isolation.networks import OwnNetwork
+from trainers.isolation.program import Launch, Program
+from trainers.isolation.sandbox import Room
 from trainers.programs.environments import locked
-from trainers.programs.networks import OwnNetwork
-from trainers.programs.program import Launch, Program
 from trainers.programs.program_log import ProgramLog
-from trainers.programs.sandbox import Room
 from tunesmith import caches, processes
 from tunesmith.assets.image_references import RESOURCE, parse_image
 from tunesmith.assets.sources import check_path

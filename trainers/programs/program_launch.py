@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainers.attempt.fetch import Fetched
-from trainers.programs import images, sandbox
+from trainers.isolation import sandbox
+from trainers.isolation.networks import OwnNetwork, own_network
+from trainers.isolation.program import Launch, Program
+from trainers.isolation.sandbox import Network, Room
+from trainers.programs import images
 from trainers.programs.environments import Environment, own_environment
 from trainers.programs.images import Image
-from trainers.programs.networks import OwnNetwork, own_network
-from trainers.programs.program import Launch, Program
 from trainers.programs.program_log import ProgramLog
 from trainers.programs.program_task import ProgramTask
-from trainers.programs.sandbox import Network, Room
 from tunesmith.assets.gallery import FOLDER, REQUIREMENTS, TRAIN
 from tunesmith.jobs.flavors import get_flavor
 from tunesmith.settings import Settings

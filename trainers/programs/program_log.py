@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from trainers.programs.program import Program
+from trainers.isolation.program import Program
 from tunesmith.errors import StorageError
 from tunesmith.storage.segments import SegmentWriter
 

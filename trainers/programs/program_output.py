@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainers.attempt.fetch import Fetched, fetch
 from trainers.attempt.publication import NewFiles, Upload, refuse_fenced, write_user_parameters
-from trainers.programs import outputs
+from trainers.isolation import outputs
 from trainers.programs.program_task import ProgramTask
 from trainers.registration.model_check import look_for_language_model
 from tunesmith.assets.gallery import FOLDER

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.programs.program import program_mark
+from trainers.isolation.program import program_mark
 from tunesmith.jobs.attempts import attempt_name
 from tunesmith.jobs.spec import CustomJob
 from tunesmith.settings import Settings

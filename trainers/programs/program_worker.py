@@ -15,10 +15,12 @@ from typing import Any
 from trainers.attempt.fetch import fetch
 from trainers.attempt.report import Report
 from trainers.attempt.stop_watch import FENCED, StoppedError, StopWatch, stopped
-from trainers.programs import images, outputs
+from trainers.isolation import outputs
+from trainers.isolation.program import Launch, Program, end_earlier
+from trainers.isolation.usage import Limits, Usage
+from trainers.programs import images
 from trainers.programs.images import Image
 from trainers.programs.metrics_file import MAX_BYTES, MAX_QUOTED, MetricsFile
-from trainers.programs.program import Launch, Program, end_earlier
 from trainers.programs.program_launch import (
     CONTAINER,
     Inputs,
@@ -31,7 +33,6 @@ from trainers.programs.program_launch import (
 from trainers.programs.program_log import ProgramLog
 from trainers.programs.program_output import output_kept, restore_output
 from trainers.programs.program_task import ProgramTask
-from trainers.programs.usage import Limits, Usage
 from tunesmith import caches
 from tunesmith.assets.gallery import TRAIN
 from tunesmith.clock import utc_text

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainers.programs import cgroups
-from trainers.programs.bubblewrap import NAMESPACES, find_bubblewrap
-from trainers.programs.networks import LOOPBACK, OwnNetwork
-from trainers.programs.program import Launch
+from trainers.isolation import cgroups
+from trainers.isolation.bubblewrap import NAMESPACES, find_bubblewrap
+from trainers.isolation.networks import LOOPBACK, OwnNetwork
+from trainers.isolation.program import Launch
 from tunesmith import processes
 from tunesmith.settings import Settings
 

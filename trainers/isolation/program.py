@@ -18,7 +18,7 @@ from typing import IO, cast
 
 import psutil
 
-from trainers.programs import cgroups
+from trainers.isolation import cgroups
 from tunesmith import processes
 from tunesmith.jobs.attempts import attempt_name
 

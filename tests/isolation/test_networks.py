@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 
-from trainers.programs import sandbox
-from trainers.programs.networks import OwnNetwork, own_network
-from trainers.programs.program import Program
-from trainers.programs.sandbox import Room
+from trainers.isolation import sandbox
+from trainers.isolation.networks import OwnNetwork, own_network
+from trainers.isolation.program import Program
+from trainers.isolation.sandbox import Room
 from tunesmith import processes
 from tunesmith.settings import Settings
 

@@ -1,4 +1,4 @@
-"""Follows an attempt on the cluster: starts it, adopts its events, and closes it from its result.
+"""Follows an attempt on the cluster: starts it, takes in its events, and closes it from its result.
 
 The attempt's own records say what happened. Of a driver without a result the heartbeat and the process say whether it
 lives, whatever Ray says; Ray's word counts before the driver has claimed its attempt.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from trainers.programs import outputs
-from trainers.programs.program import Program, Sample
+from trainers.isolation import outputs
+from trainers.isolation.program import Program, Sample
 from tunesmith.errors import OutOfMemoryError, SpecError
 
 DISK_LOOK_S = 2.0

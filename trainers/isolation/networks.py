@@ -14,7 +14,7 @@ from typing import IO
 
 import psutil
 
-from trainers.programs.bubblewrap import IsolationError, find_bubblewrap
+from trainers.isolation.bubblewrap import IsolationError, find_bubblewrap
 from tunesmith import processes
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "HCCL_SOCKET_IFNAME": "lo"}

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from tests.support.waiting import until
-from trainers.programs import networks, sandbox
-from trainers.programs.bubblewrap import find_bubblewrap
-from trainers.programs.program import MARK, Program, end_earlier, program_mark
-from trainers.programs.sandbox import Room
+from trainers.isolation import networks, sandbox
+from trainers.isolation.bubblewrap import find_bubblewrap
+from trainers.isolation.program import MARK, Program, end_earlier, program_mark
+from trainers.isolation.sandbox import Room
 from tunesmith import processes
 from tunesmith.settings import Settings
 
