@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -78,13 +78,22 @@ def members(root: psutil.Process | None, variable: str, mark: str) -> list[psuti
     return [process for process in found.values() if is_alive(process)]
 
 
-def end(root: psutil.Process | None, variable: str, mark: str, *, limit_s: float = 15.0) -> list[psutil.Process]:
+def end(
+    root: psutil.Process | None,
+    variable: str,
+    mark: str,
+    *,
+    also: Iterable[psutil.Process] = (),
+    limit_s: float = 15.0,
+) -> list[psutil.Process]:
     """Kill `root` and everything that belongs to it, as `members` finds it; returns those that ended.
+
+    `also`: processes that are known to belong to it. One that is just ending has no environment to be found by.
 
     All are frozen before one is killed, so that none sees another die and takes it for a fault: a job's driver whose
     Ray goes away would call the job failed.
     """
-    seen: dict[int, psutil.Process] = {}
+    seen = {process.pid: process for process in also}
     deadline = time.monotonic() + limit_s
     while new := [process for process in members(root, variable, mark) if process.pid not in seen]:
         for process in new:

@@ -61,8 +61,9 @@ def test_a_program_and_all_it_began_end_together(tmp_path: Path, isolation: str)
     with running(tmp_path, code, isolation=isolation) as program:
         assert program.output.readline() == b"up\n"
         assert program.sample().rss_bytes > 1 << 20
+        # It is told by its environment as soon as it runs, by its command line a moment later.
+        until(lambda: any("4321" in process.cmdline() for process in program.tree()))
         tree = program.tree()
-        assert any("4321" in process.cmdline() for process in tree)
     assert [process.pid for process in tree if processes.is_alive(process)] == []
 
 

@@ -130,11 +130,11 @@ class Program:
 
     def end(self) -> None:
         """Kill it and all that it began."""
-        root = psutil.Process(self._process.pid) if self._process.poll() is None else None
-        if root is not None and self.launch.is_contained:
+        tree = self.tree() if self._process.poll() is None else []
+        if tree and self.launch.is_contained:
             # The room ends with bubblewrap, all in it at once, however fast it makes new processes.
             self._process.kill()
-        processes.end(root, MARK, self.launch.mark)
+        processes.end(tree[0] if tree else None, MARK, self.launch.mark, also=tree)
         self._process.wait()
         if self._lifeline >= 0:
             os.close(self._lifeline)
