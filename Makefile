@@ -29,7 +29,7 @@ $(VENV)/.dev: $(VENV)/.demo tests/podman.sh
 	touch $@
 
 # Two files of tests run at once: platforms live side by side, and a job has a second core idle most of the time.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 check: lint  ## lint and the fast tests, which start neither Ray nor an S3 server
 	$(PYTEST) -q -m 'not ray and not s3 and not slow and not gpu and not soak'

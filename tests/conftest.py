@@ -19,5 +19,11 @@ pytest_plugins = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start Ray take longest, so they begin first: two that run at once then end together."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """What two processes that test at once share out: a file each, but all that use the one platform go to one of them.
+
+    Files that start Ray take longest, so they begin first: both processes then end together.
+    """
+    shared = {item.path for item in items if "platform" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("platform" if item.path in shared else str(item.path)))
+    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, item.path not in shared))
