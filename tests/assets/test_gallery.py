@@ -174,7 +174,7 @@ IMAGE = "Train_image_url: registry/train:1\n"
     [
         (f"{IMAGE}Train_command_path: /opt/train.sh\n", None),
         (f"{IMAGE}Train_command_path: weights.py\n", "README.md:5: Train_command_path names no file of the model: 'weights.py'"),
-        (f"{IMAGE}Train_command_path: ../train.py\n", "README.md:5: Train_command_path leads out of the model's folder"),
+        (f"{IMAGE}Train_command_path: ../train.py\n", "README.md:5: Train_command_path is '../train.py', which has the part '..'"),
         (f"{IMAGE}Train_command_path: /opt/train\n", "README.md:5: Train_command_path must end in .py or .sh"),
         (IMAGE, "README.md: Train_command_path is missing"),
         ("Train_image_url: 3\nTrain_command_path: /a.py\n", "README.md:4: Train_image_url must be text, got 3"),

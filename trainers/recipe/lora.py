@@ -12,6 +12,7 @@ from torch import nn
 from trainers.recipe.device import Device
 from trainers.recipe.kernels.matmul import add_widened, narrow_down, product, sum_and_narrow_down, sum_over_tokens
 from trainers.recipe.quantization import QuantizedLinear, load_quantized, unpacked
+from tunesmith.assets.model_references import check_references
 from tunesmith.errors import ModelError
 from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 
@@ -19,10 +20,12 @@ from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 def load_model(folder: Path, h: LoraHyperparameters, advanced: Advanced, device: Device) -> Any:
     """The frozen base with a fresh adapter, the same on every worker for the same seed: a peft model, on the CPU.
 
-    ModelError where the target modules are not there, or the base cannot be quantized to `bits`.
+    ModelError where the target modules are not there, the base cannot be quantized to `bits`, or a file of it names one
+    outside of the folder.
     """
     from transformers import AutoModelForCausalLM
 
+    check_references(folder)
     half = advanced.precision == "bf16" or (advanced.precision == "auto" and device.has_bf16)
     dtype = torch.bfloat16 if half else torch.float32
     if h.bits is not None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from trainers.recipe.device import Device
+from tunesmith.assets.model_references import check_references
 from tunesmith.errors import ModelError
 
 BLOCK = 64
@@ -31,6 +32,7 @@ def load_quantized(folder: Path, bits: int, dtype: torch.dtype, device: Device) 
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    check_references(folder)
     if getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "quantization_config", None):
         raise ModelError(
             f"bits={bits} quantizes a model in full precision, and this one is quantized already",

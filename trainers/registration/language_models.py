@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 from trainers.registration.model_check import LanguageModel, Refusal, Verdict, check_names
+from tunesmith.assets.model_references import check_references
 from tunesmith.errors import ModelError
 
 
@@ -28,6 +29,7 @@ def _judge(folder: Path) -> Verdict:
     try:
         _convert_gguf(folder)
         check_names([path.name for path in folder.iterdir()])
+        check_references(folder)
         return Verdict(model=_load(folder))
     except ModelError as error:
         return Verdict(refusal=Refusal(**error.as_dict()))

@@ -97,10 +97,11 @@ def _check_dataset(folder: Path, listen: Callable[[], None]) -> Description:
 
 def _check_names(sizes: Mapping[str, int], folder: Path, job: RegisterJob) -> None:
     """Refuse a model by what its small files and the names of the others say, before the others are copied."""
-    found = read_model_folder(folder, task_type=job.task_type)
+    beside = [path for path in sizes if "/" not in path]
+    found = read_model_folder(folder, task_type=job.task_type, present=beside)
     in_image = found.gallery is not None and found.gallery.image_url is not None
     if found.task_type in TEXT_TYPES and not in_image:
-        check_names([path for path in sizes if "/" not in path])
+        check_names(beside)
 
 
 def _check_model(folder: Path, attempt: Attempt, job: RegisterJob, listen: Callable[[], None]) -> Description:

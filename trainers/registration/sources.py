@@ -18,9 +18,11 @@ from typing import Protocol
 
 from tunesmith.assets.sources import SYSTEM, check_source, never
 from tunesmith.errors import DataError, SpecError, StorageError
+from tunesmith.file_names import ALLOWED, MAX_PATH_BYTES, collision, path_fault
 from tunesmith.settings import Settings
-from tunesmith.storage.base import PARTIAL, Storage
+from tunesmith.storage.base import PARTIAL, Storage, key_fault
 from tunesmith.storage.urls import open_storage
+from tunesmith.visible_text import visible
 
 MAX_DEPTH = 64
 """Of folders in each other."""
@@ -116,6 +118,20 @@ class _Tally:
                 code="too_large",
             )
 
+    def checked(self) -> dict[str, int]:
+        """The sizes of all, once none of them would take another's place."""
+        pair = collision(self.sizes)
+        if pair is not None:
+            raise SpecError(
+                f"the source has {visible(repr(pair[0]))} and {visible(repr(pair[1]))}, which cannot lie in one folder "
+                "everywhere",
+                fields=["source"],
+                hint="names must differ in more than capitals and composed characters, and no file may have the name "
+                "of a folder",
+                code="invalid_key",
+            )
+        return self.sizes
+
 
 class _Bucket:
     def __init__(self, storage: Storage, bounds: Bounds, listen: Listen) -> None:
@@ -123,7 +139,7 @@ class _Bucket:
         for entry in storage.entries():
             listen()
             tally.add(entry.key, entry.size_bytes)
-        self.sizes = tally.sizes
+        self.sizes = tally.checked()
         self.folders: list[str] = []
 
     def copy(self, path: str, folder: Path, listen: Listen) -> None:
@@ -148,7 +164,7 @@ class _Local:
             self._walk(top, "")
         else:
             self._add(name, status)
-        self.sizes = self._tally.sizes
+        self.sizes = self._tally.checked()
 
     def copy(self, path: str, folder: Path, listen: Listen) -> None:
         with self._file(path) as file:
@@ -281,16 +297,12 @@ def _open(name: str, flags: int, folder: int, path: str) -> int:
 
 def _check_name(path: str) -> None:
     """SpecError where storage has no key for a file of that name."""
-    parts = path.split("/")
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        parts = [""]
-    if "\0" in path or "\\" in path or any(part in ("", ".", "..") or part.startswith(PARTIAL) for part in parts):
+    why = key_fault(path) or path_fault(path)
+    if why is not None:
         raise SpecError(
-            f"the source has a file of the name {path!r}, which cannot be stored",
+            f"the source has a file of the name {visible(repr(path), limit=300)}, which cannot be stored: it {why}",
             fields=["source"],
-            hint=f"names are text in UTF-8 without a backslash, and do not begin with {PARTIAL!r}",
+            hint=f"{ALLOWED}; none begins with {PARTIAL!r}, and a path has at most {MAX_PATH_BYTES} bytes",
             code="invalid_key",
         )
 

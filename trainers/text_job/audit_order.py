@@ -14,6 +14,7 @@ from trainers.attempt.fetch import fetch
 from trainers.text.audit import CHECKED_ROWS, audit
 from trainers.text.tokenized_data import first_examples, tokenized
 from trainers.text_job.job_data import data_files
+from tunesmith.assets.model_references import check_references
 from tunesmith.clock import utc_text
 from tunesmith.errors import SpecError, TunesmithError
 from tunesmith.jobs.audit_report import AuditReport
@@ -41,6 +42,7 @@ def audit_order(spec: TrainSpec | RegisterSpec, settings: Settings, *, limit: in
     # Only now: it takes seconds to import, and an order may be refused before.
     from transformers import AutoTokenizer
 
+    check_references(model.folder)
     tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
     files = data_files(dataset, training_files(dataset.manifest.tables, job.hyperparameters))
     options: dict[str, Any] = {"hyperparameters": job.hyperparameters, "advanced": job.advanced}

@@ -17,6 +17,7 @@ from trainers.text.audit import CHECKED_ROWS, audit, refuse
 from trainers.text.shards import TokenizedRows
 from trainers.text.tokenized_data import PARALLEL_BYTES, DataFile, Progress, first_examples, tokenized
 from tunesmith.assets.catalog import get_manifest
+from tunesmith.assets.model_references import check_references
 from tunesmith.jobs.audit_report import AuditReport
 from tunesmith.jobs.drafting import training_files
 from tunesmith.jobs.spec import TextJob
@@ -63,6 +64,7 @@ def load_data(
     """The job's rows out of the cache of tokenised data, which is filled where they are not there."""
     from transformers import AutoTokenizer
 
+    check_references(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
     h = job.hyperparameters
     options: dict[str, Any] = {

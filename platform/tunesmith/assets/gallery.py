@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -20,10 +20,12 @@ from tunesmith.assets.cards import Card
 from tunesmith.assets.image_references import parse_image
 from tunesmith.assets.train_params import TYPES, Method, Parameter, read_methods
 from tunesmith.errors import SpecError, nearest
+from tunesmith.file_names import path_fault
 from tunesmith.frozen import Tolerant
 from tunesmith.hyperparameters.checks import is_of_type, refusal, resolve
 from tunesmith.hyperparameters.definitions import Advanced, SharedAdvanced
 from tunesmith.hyperparameters.field import Hyperparameter, Value
+from tunesmith.visible_text import visible
 
 FOLDER = "gallery_train"
 TRAIN, PARAMETERS, README, REQUIREMENTS = "train.py", "train_params.json", "dataset_readme.md", "requirements.txt"
@@ -186,12 +188,11 @@ def _card_problems(folder: Path, card: Card) -> Iterator[str]:
         return
     if not command.endswith((".py", ".sh")):
         yield problem("Train_command_path", f"must end in .py or .sh, got {command!r}")
-    elif not command.startswith("/"):
-        # Absolute paths lie in the image, which is not looked into.
-        if ".." in PurePosixPath(command).parts:
-            yield problem("Train_command_path", f"leads out of the model's folder: {command!r}")
-        elif not (folder / command).is_file():
-            yield problem("Train_command_path", f"names no file of the model: {command!r}")
+    elif (why := path_fault(command.removeprefix("/"))) is not None:
+        yield problem("Train_command_path", f"is {visible(repr(command))}, which {why}")
+    # Absolute paths lie in the image, which is not looked into.
+    elif not command.startswith("/") and not (folder / command).is_file():
+        yield problem("Train_command_path", f"names no file of the model: {command!r}")
 
 
 def _image_problem(folder: Path, url: str) -> str | None:

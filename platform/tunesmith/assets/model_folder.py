@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.assets.cards import Card, read_card
 from tunesmith.assets.gallery import Gallery, read_gallery
+from tunesmith.assets.model_references import check_references
 from tunesmith.assets.training_types import TEXT_TYPES
 from tunesmith.errors import DataError, SpecError
 
@@ -25,12 +27,17 @@ class ModelFolder:
     """Whether it has the files that every causal language model has."""
 
 
-def read_model_folder(folder: Path, *, task_type: str | None = None) -> ModelFolder:
+def read_model_folder(
+    folder: Path, *, task_type: str | None = None, present: Collection[str] | None = None
+) -> ModelFolder:
     """Read the card and `gallery_train/`. A given `task_type` overrides the card's.
 
-    Raises SpecError without a task type, ModelError for a card that is not YAML, DataError for a link.
+    `present`: the names of all files that the folder will have, where it has not all of them yet.
+    Raises SpecError without a task type, ModelError for a card that is not YAML or a file that names one outside,
+    DataError for a link.
     """
     refuse_links(folder)
+    check_references(folder, present=present)
     card = read_card(folder)
     found = task_type or card.values.get("task_type")
     if not isinstance(found, str) or not found:

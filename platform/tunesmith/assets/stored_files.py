@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tunesmith.errors import DamagedError, NotFoundError
 from tunesmith.frozen import Tolerant
-from tunesmith.storage.base import Storage
+from tunesmith.storage.base import Storage, checked_key
 
 
 class File(Tolerant):
@@ -60,7 +60,7 @@ class StoredFiles:
     def check(self, folder: Path, *, hashes: bool = True) -> None:
         """Check them where they lie on disk, by size and by hash, or by size alone; DamagedError as for `copy`."""
         for file in self.files:
-            place = folder / file.path
+            place = folder / checked_key(file.path)
             if not place.is_file():
                 raise _gone(file, str(place))
             _check(file, str(place), place.stat().st_size, hash_file(place) if hashes else file.sha256)

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import STORAGE_FULL, DataError, NotFoundError, SpecError, StorageError
+from tunesmith.file_names import ALLOWED, path_fault
+from tunesmith.visible_text import visible
 
 PARTIAL = ".partial-"
 """The prefix of files that are still being written; no listing shows them."""
+MAX_KEY_BYTES = 1024
+"""Of a whole key with the root's own prefix: what S3 takes."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Storage(ABC):
 
     @abstractmethod
     def download_file(self, key: str, path: Path) -> None:
-        """Copy an object out to a local file, streaming; its folder is made."""
+        """Copy an object out to a local file, streaming; its folder is made once the key is found to be one."""
 
     @abstractmethod
     def local_path(self, key: str) -> Path | None:
@@ -93,21 +97,34 @@ class Storage(ABC):
         return stored
 
     def download_folder(self, prefix: str, folder: Path) -> None:
-        """Copy all objects below `prefix` into a local folder."""
-        for entry in self.entries(prefix):
+        """Copy all objects below `prefix` into a local folder; SpecError before any where a key would leave it."""
+        entries = list(self.entries(prefix))
+        for entry in entries:
+            checked_key(entry.key)
+        for entry in entries:
             self.download_file(entry.key, folder / entry.key.removeprefix(f"{prefix}/"))
 
 
-def _checked(key: str) -> str:
-    if not key or "\0" in key or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise _escape(key)
-    if any(part.startswith(PARTIAL) for part in key.split("/")):
-        raise SpecError(f"no part of a key may start with {PARTIAL!r}, got {key!r}", code="invalid_key")
+def checked_key(key: str, *, root: str = "") -> str:
+    """The key, or SpecError where it is none. `root`: the prefix that the storage puts before it."""
+    why = key_fault(key, root=root)
+    if why is not None:
+        raise escape(key, why)
     return key
 
 
-def _escape(key: str) -> SpecError:
-    return SpecError(f"a key is a relative path without empty parts, '.' and '..', got {key!r}", code="invalid_key")
+def key_fault(key: str, *, root: str = "") -> str | None:
+    """Why `key` cannot be a key, as the end of a sentence; None where it can."""
+    if any(part.startswith(PARTIAL) for part in key.split("/")):
+        return f"has a part that begins with {PARTIAL!r}, as storage's own files do"
+    return path_fault(key, max_bytes=MAX_KEY_BYTES - len(root.encode()))
+
+
+def escape(key: str, why: str = "leads out of the storage") -> SpecError:
+    """The error of a key that is none."""
+    return SpecError(
+        f"a key is a relative path; {visible(repr(key), limit=300)} {why}", hint=ALLOWED, code="invalid_key"
+    )
 
 
 def full(key: str, url: str) -> StorageError:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tunesmith.errors import StorageError
-from tunesmith.storage.base import PARTIAL, Entry, Storage, _checked, _escape, _missing, full
+from tunesmith.storage.base import PARTIAL, Entry, Storage, _missing, checked_key, escape, full
 
 
 class FolderStorage(Storage):
@@ -80,18 +80,19 @@ class FolderStorage(Storage):
             partial.replace(self._path(key))
 
     def download_file(self, key: str, path: Path) -> None:
+        source = self._path(key)
         with _not_found(key):
             _make_folder(path)
-            shutil.copyfile(self._path(key), path)
+            shutil.copyfile(source, path)
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
 
     def _path(self, key: str) -> Path:
-        path = self.root / _checked(key)
+        path = self.root / checked_key(key)
         # A link inside the root could lead out of it.
         if not path.resolve().is_relative_to(self.root):
-            raise _escape(key)
+            raise escape(key)
         return path
 
     @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from tunesmith.errors import NotFoundError, SpecError, StorageError
 from tunesmith.settings import Settings
-from tunesmith.storage.base import Entry, Storage, _checked, _missing, full
+from tunesmith.storage.base import Entry, Storage, _missing, checked_key, full
 from tunesmith.storage.folder import _make_folder
 
 _FULL = frozenset({"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage"})
@@ -112,7 +112,7 @@ class S3Storage(Storage):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
     def delete_folder(self, prefix: str) -> None:
-        with self._errors(_checked(prefix)):
+        with self._errors(checked_key(prefix)):
             # A page of a listing has as many keys as one request may delete: 1,000.
             for page in self._pages(prefix):
                 self._delete_all(prefix, [item["Key"] for item in page.get("Contents", [])])
@@ -125,12 +125,13 @@ class S3Storage(Storage):
             self._client.upload_file(str(path), self.bucket, self._key(key))
 
     def download_file(self, key: str, path: Path) -> None:
+        own = self._key(key)
         _make_folder(path)
         with self._errors(key):
-            self._client.download_file(self.bucket, self._key(key), str(path))
+            self._client.download_file(self.bucket, own, str(path))
 
     def local_path(self, key: str) -> Path | None:
-        _checked(key)
+        self._key(key)
         return None
 
     def _delete_all(self, prefix: str, keys: list[str]) -> None:
@@ -157,7 +158,8 @@ class S3Storage(Storage):
             list(pool.map(lambda key: self._client.delete_object(Bucket=self.bucket, Key=key), keys))
 
     def _key(self, key: str) -> str:
-        return f"{self._root}/{_checked(key)}" if self._root else _checked(key)
+        prefix = f"{self._root}/" if self._root else ""
+        return prefix + checked_key(key, root=prefix)
 
     def _pages(self, prefix: str, **options: Any) -> Iterator[Any]:
         folder = f"{self._key(prefix)}/" if prefix else (f"{self._root}/" if self._root else "")
