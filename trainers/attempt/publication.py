@@ -19,6 +19,9 @@ from tunesmith.jobs.spec import RegisterJob, TrainJob
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 
+LOGS = "training_logs"
+"""The folder of a model in which the platform says how it was made."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -103,6 +106,6 @@ def write_user_parameters(folder: Path, job: TrainJob, root: str) -> None:
     given = job.model_dump(include={"hyperparameters", "advanced"})
     parameters = {"method": job.method, **given["advanced"], **given["hyperparameters"]}
     parameters |= {key: url for key, url in places.items() if parameters.get(key) is None}
-    file = folder / "training_logs" / "user_params.json"
+    file = folder / LOGS / "user_params.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(parameters, indent=2, ensure_ascii=False), encoding="utf-8")

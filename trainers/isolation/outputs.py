@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunesmith.storage.base import PARTIAL, Storage
+from tunesmith.file_names import path_fault
+from tunesmith.storage.base import Storage, key_fault
 
 MAX_FILES = 10_000
 """How many files and folders an output may have, because the new model's manifest lists all of them."""
@@ -25,7 +26,7 @@ class Walk:
     files: dict[str, os.stat_result] = field(default_factory=dict)
     """By path relative to the folder."""
     others: list[str] = field(default_factory=list)
-    """Links, pipes and the like."""
+    """Links, pipes and the like, and files whose names storage has no key for."""
 
 
 def walk(folder: Path) -> Walk:
@@ -163,9 +164,5 @@ def _open_folder(name: str, above: int) -> int:
 
 
 def _is_storable(path: str) -> bool:
-    """Whether storage has a key for it: text in UTF-8, and nothing that it keeps for itself."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\\" not in path and not any(part.startswith(PARTIAL) for part in path.split("/"))
+    """Whether storage has a key for it."""
+    return key_fault(path) is None and path_fault(path) is None

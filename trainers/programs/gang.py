@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trainers.attempt.cluster_work import connect
@@ -20,9 +20,12 @@ from tunesmith.assets.catalog import Description
 from tunesmith.clock import utc_text
 from tunesmith.jobs.attempts import Result
 from tunesmith.jobs.spec import CustomJob
+from tunesmith.visible_text import visible
 
 END_S = 30.0
 """How long the other workers have to end after one has failed, in seconds, before Ray kills them."""
+SHOWN = 10
+"""How many names an event lists."""
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +129,13 @@ class _Gang:
         attempt, job = self._attempt, self._job
         attempt.events.write(phase="publish")
         attempt.events.flush()
-        made, left_out, language_model = self._on_bundle(0, publish_output)(self._workers[0])
-        if left_out:
-            names = ", ".join(left_out[:10])
-            attempt.events.write(f"not taken into the model: {names} (links, or the base model's own files)")
+        made = self._on_bundle(0, publish_output)(self._workers[0])
+        for paths, why in (
+            (made.overridden, "these names belong to the platform and to the base model's training"),
+            (made.left_out, "links, what is no file, or names that cannot be stored"),
+        ):
+            if paths:
+                attempt.events.write(f"not taken into the model: {_listed(paths)} ({why})")
         base = catalog.get_manifest(attempt.storage, "model", job.model)
         about = Description(
             task_type=base.task_type,
@@ -138,12 +144,12 @@ class _Gang:
             base=job.model,
             dataset=job.dataset,
             gallery=base.gallery,
-            language_model=language_model,
+            language_model=made.language_model,
         )
-        publish(attempt, made, about)
+        publish(attempt, made.files, about)
         # Only now: an attempt that is lost before the manifest leaves the output to the next one.
         self._on_bundle(0, drop_output)(self._workers[0])
-        message = f"{job.output_model}: {len(made.files)} files"
+        message = f"{job.output_model}: {len(made.files.files)} files"
         return Result(outcome="completed", message=message, time=utc_text(), summary=result.summary)
 
     def _make_workers(self) -> list[ProgramTask]:
@@ -183,6 +189,12 @@ class _Gang:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    """Some of the names that a program has chosen, and how many there are besides."""
+    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return ", ".join(visible(path, limit=200) for path in paths[:SHOWN]) + more
 
 
 def _resources(job: CustomJob) -> dict[str, Any]:

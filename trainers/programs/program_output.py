@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from trainers.attempt.fetch import Fetched, fetch
-from trainers.attempt.publication import NewFiles, Upload, refuse_fenced, write_user_parameters
+from trainers.attempt.publication import LOGS, NewFiles, Upload, refuse_fenced, write_user_parameters
 from trainers.isolation import outputs
 from trainers.programs.program_task import ProgramTask
 from trainers.registration.model_check import look_for_language_model
+from tunesmith.assets.cards import FILE as CARD
 from tunesmith.assets.gallery import FOLDER
 from tunesmith.errors import NotFoundError, TunesmithError
+from tunesmith.file_names import folded
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -24,13 +27,29 @@ from tunesmith.storage.urls import open_patiently
 COPY_S = 30.0
 """Between two looks for new files in the output, which are then kept in storage."""
 
+RESERVED = (FOLDER, LOGS, CARD, "manifest.json")
+"""What the platform alone says of a model, as files or folders: no program's output may have these names."""
+
 logger = logging.getLogger(__name__)
 
 
-def publish_output(worker: ProgramTask) -> tuple[NewFiles, list[str], bool]:
-    """Store the output as the new model's files; the files, what was left out, and whether they are a language model.
+@dataclass(frozen=True)
+class Published:
+    """What became of an output."""
 
-    What the base model has for its training goes with it as it is.
+    files: NewFiles
+    overridden: list[str]
+    """Files of the output with names that the platform, or the base model's training, has for its own."""
+    left_out: list[str]
+    """Links, pipes and the like, and what has a name that storage has no key for."""
+    language_model: bool
+
+
+def publish_output(worker: ProgramTask) -> Published:
+    """Store the output as the new model's files.
+
+    What the base model has for its training goes with it as it is, and what the platform says of the run beside it;
+    nothing of the output takes the place of either.
     """
     settings = Settings.from_env()
     storage = open_patiently(worker.storage_url, settings)
@@ -42,13 +61,27 @@ def publish_output(worker: ProgramTask) -> tuple[NewFiles, list[str], bool]:
     upload = Upload(storage, worker.job, worker.attempt)
     folder = worker.folder(settings) / "output"
 
-    def is_kept(path: str) -> bool:
-        return path in kept or path.startswith(f"{FOLDER}/")
-
-    _, left_out = outputs.store(folder, upload.add, leave_out=is_kept)
+    is_taken = _place_of({*RESERVED, *kept})
+    _, left_out = outputs.store(folder, upload.add, leave_out=is_taken)
     outputs.store(own, upload.add)
-    language_model = not left_out and look_for_language_model(folder)[1]
-    return upload.stored(), left_out, language_model
+    overridden = [path for path in left_out if is_taken(path)]
+    others = [path for path in left_out if not is_taken(path)]
+    return Published(upload.stored(), overridden, others, not others and look_for_language_model(folder)[1])
+
+
+def _place_of(names: Collection[str]) -> Callable[[str], bool]:
+    """Whether a file at a path would stand where one of the names does, or be its folder, or lie in it.
+
+    Names that some file system takes for the same are the same.
+    """
+    own = {folded(name) for name in names}
+    folders = {parent.as_posix() for name in own for parent in PurePosixPath(name).parents}
+
+    def is_taken(path: str) -> bool:
+        given = PurePosixPath(folded(path))
+        return str(given) in folders or any(each.as_posix() in own for each in (given, *given.parents))
+
+    return is_taken
 
 
 def drop_output(worker: ProgramTask) -> None:
@@ -120,4 +153,4 @@ def _write_own(worker: ProgramTask, base: Fetched, own: Path, storage: Storage) 
     write_user_parameters(own, job, worker.storage_url)
     for key in (layout.requirements_lock(job.id, worker.attempt), layout.image_lock(job.id, worker.attempt)):
         with suppress(NotFoundError):
-            (own / "training_logs" / key.rpartition("/")[2]).write_bytes(storage.get(key))
+            (own / LOGS / key.rpartition("/")[2]).write_bytes(storage.get(key))
