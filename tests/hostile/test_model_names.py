@@ -18,6 +18,7 @@ from trainers.registration.model_check import check_language_model
 from tunesmith.assets.model_folder import read_model_folder
 from tunesmith.assets.model_references import check_references
 from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.settings import Settings
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00002.safetensors"
@@ -157,8 +158,9 @@ def test_the_refusal_names_the_file_and_the_name(model: Path) -> None:
 @pytest.mark.slow
 def test_the_process_that_loads_at_registration_refuses_it_too(model: Path) -> None:
     in_index(f"../secret/{FIRST}")(model)
+    settings = Settings.from_env({"TUNESMITH_HOME": str(model.parent / "home")})
     with pytest.raises(ModelError, match="which is a path"):
-        check_language_model(model)
+        check_language_model(model, settings=settings)
 
 
 CARRIED = {

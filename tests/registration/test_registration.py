@@ -12,11 +12,10 @@ import pytest
 
 from tests.support import galleries, tiny
 from trainers.driver import drive
-from trainers.registration.model_check import check_language_model
 from tunesmith.assets import catalog
 from tunesmith.assets.training_types import TEXT_TYPES
 from tunesmith.clock import utc_text
-from tunesmith.errors import ModelError, SpecError
+from tunesmith.errors import SpecError
 from tunesmith.jobs import attempts
 from tunesmith.jobs.attempts import Claim, Result
 from tunesmith.jobs.drafting import draft, new_job_id
@@ -284,19 +283,10 @@ def test_whoever_checks_a_model_loads_no_torch_for_it(model_source: Path, tmp_pa
 import pathlib, sys
 import trainers.programs.gang, trainers.registration.registration
 from trainers.registration.model_check import check_language_model
-print(check_language_model(pathlib.Path({str(shutil.copytree(model_source, tmp_path / "model"))!r}))["architecture"])
+from tunesmith.settings import Settings
+settings = Settings.from_env({{"TUNESMITH_HOME": {str(tmp_path / "home")!r}}})
+print(check_language_model(pathlib.Path({str(model_source)!r}), settings=settings)["architecture"])
 print({{"torch", "transformers"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["LlamaForCausalLM", "set()"]
-
-
-def test_a_model_that_ends_the_process_that_checks_it_is_refused(
-    model_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\nif 'trainers.registration.language_models' in sys.orig_argv: os.abort()\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    with pytest.raises(ModelError, match="the check of the model ended with signal 6"):
-        check_language_model(model_source)

@@ -62,8 +62,29 @@ class _GivenUpError(Exception):
     """Nobody wants the work's result any more."""
 
 
+class Tell:
+    """What work is given: it takes what the work tells, and ends the work that nobody wants any more."""
+
+    def __init__(self, told: queue.SimpleQueue[Any]) -> None:
+        self._told = told
+        self._is_given_up = threading.Event()
+
+    def __call__(self, item: Any) -> None:
+        """Tell something on the way."""
+        self.check()
+        self._told.put(_Told(item))
+
+    def check(self) -> None:
+        """To be called now and then by work that tells nothing for long: raises where it is to end."""
+        if self._is_given_up.is_set():
+            raise _GivenUpError
+
+    def give_up(self) -> None:
+        self._is_given_up.set()
+
+
 def run_on_cluster(
-    work: Callable[[Callable[[Any], None]], T],
+    work: Callable[[Tell], T],
     *,
     name: str,
     needs: Needs,
@@ -106,7 +127,7 @@ def _is_on_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
 
 
-def _here(work: Callable[[Callable[[Any], None]], T], listen: Callable[[], None]) -> Generator[Any, None, None]:
+def _here(work: Callable[[Tell], T], listen: Callable[[], None]) -> Generator[Any, None, None]:
     with closing(_doing(work, wait_s=LOOK_S)) as items:
         for item in items:
             listen()
@@ -114,7 +135,7 @@ def _here(work: Callable[[Callable[[Any], None]], T], listen: Callable[[], None]
 
 
 def _on_cluster(
-    work: Callable[[Callable[[Any], None]], T],
+    work: Callable[[Tell], T],
     *,
     name: str,
     needs: Needs,
@@ -150,16 +171,10 @@ def _on_cluster(
             ray.cancel(stream, force=True)
 
 
-def _doing(work: Callable[[Callable[[Any], None]], T], *, wait_s: float | None = None) -> Generator[Any, None, None]:
+def _doing(work: Callable[[Tell], T], *, wait_s: float | None = None) -> Generator[Any, None, None]:
     """Do the work in a thread, and yield what it tells and how it ends; with `wait_s`, None as often at least."""
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    given_up = threading.Event()
-
-    def tell(item: Any) -> None:
-        if given_up.is_set():
-            raise _GivenUpError
-        told.put(_Told(item))
-
+    tell = Tell(told)
     unexpected: list[BaseException] = []
 
     def do() -> None:
@@ -187,7 +202,7 @@ def _doing(work: Callable[[Callable[[Any], None]], T], *, wait_s: float | None =
             if isinstance(item, _Ended):
                 return
     finally:
-        given_up.set()
+        tell.give_up()
         thread.join()
 
 

@@ -63,7 +63,8 @@ class Program:
     Made in a thread that lasts: bubblewrap dies with the thread that started it.
     """
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, *, errors: int = subprocess.STDOUT) -> None:
+        """`errors`: the descriptor that takes its stderr, which else comes with its stdout."""
         self.launch = launch
         # bubblewrap keeps the platform's mark from the program; its own processes have it.
         platform = {name: os.environ[name] for name in (processes.PLATFORM_MARK,) if name in os.environ}
@@ -75,7 +76,7 @@ class Program:
                 env={**launch.environment, **platform, MARK: launch.mark},
                 stdin=stdin,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                stderr=errors,
                 start_new_session=True,
             )
         except BaseException:
@@ -94,6 +95,12 @@ class Program:
         """The exit code as in a shell: 128 + N if signal N ended the program; None while it runs."""
         code = self._process.poll()
         return 128 - code if code is not None and code < 0 else code
+
+    def wait(self, limit_s: float) -> int | None:
+        """The exit code once it has ended, as `exit_code`; None where it still runs after `limit_s`."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(limit_s)
+        return self.exit_code()
 
     def sample(self) -> Sample:
         """What its processes use now; the CPU's share is that since the previous sample."""

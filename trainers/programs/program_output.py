@@ -66,7 +66,8 @@ def publish_output(worker: ProgramTask) -> Published:
     outputs.store(own, upload.add)
     overridden = [path for path in left_out if is_taken(path)]
     others = [path for path in left_out if not is_taken(path)]
-    return Published(upload.stored(), overridden, others, not others and look_for_language_model(folder)[1])
+    language_model = not others and look_for_language_model(folder, settings=settings)[1]
+    return Published(upload.stored(), overridden, others, language_model)
 
 
 def _place_of(names: Collection[str]) -> Callable[[str], bool]:

@@ -1,40 +1,40 @@
-"""Whether a model's files are a causal language model that loads: a program that says so.
+"""Whether a model's files are a causal language model that loads: the reader that says so.
 
-`python -m trainers.registration.language_models FOLDER` writes a Verdict as JSON. It loads torch and the weights, so
-others ask it through `trainers.registration.model_check`.
+It loads torch and the weights within the walls, so others ask it through `trainers.registration.model_check`.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from trainers.registration.model_check import LanguageModel, Refusal, Verdict, check_names
+from pydantic import BaseModel
+
+from trainers.registration.model_check import LanguageModel, ModelQuestion, Refusal, Verdict, check_names
 from tunesmith.assets.model_references import check_references
 from tunesmith.errors import ModelError
 
-
-def main(folder: Path) -> None:
-    """Write what the model in `folder` is, or why it is none, to stdout."""
-    # Libraries write to stdout as well; only the verdict goes to the real one.
-    answer = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    with os.fdopen(answer, "w") as out:
-        out.write(_judge(folder).model_dump_json())
+_NO_MEMORY = "can't allocate memory"
+"""What torch says instead of raising MemoryError."""
 
 
-def _judge(folder: Path) -> Verdict:
+def judge(request: bytes, tell: Callable[[BaseModel, bytes], None]) -> Verdict:
+    """What the model is, or why it is none. Where its weights are a GGUF file, safetensors are left in this folder."""
+    asked = ModelQuestion.model_validate_json(request)
     try:
-        _convert_gguf(folder)
+        folder = _converted(asked.folder)
         check_names([path.name for path in folder.iterdir()])
         check_references(folder)
         return Verdict(model=_load(folder))
     except ModelError as error:
         return Verdict(refusal=Refusal(**error.as_dict()))
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - the process's border: what a library says of broken files is the verdict
         traceback.print_exc()
+        if _NO_MEMORY in str(error):
+            raise MemoryError("config.json or the weights ask for it") from None
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "it must load with transformers' AutoModelForCausalLM, from safetensors, without code of its own"
         return Verdict(
@@ -74,18 +74,15 @@ def _load(folder: Path) -> LanguageModel:
     )
 
 
-def _convert_gguf(folder: Path) -> None:
-    """Where the weights are one GGUF file, put safetensors in its place."""
+def _converted(folder: Path) -> Path:
+    """The folder; where its weights are one GGUF file, this process's own, with safetensors made of it."""
     files = sorted(folder.glob("*.gguf"))
     if not files or any(folder.glob("*.safetensors")):
-        return
+        return folder
     if len(files) > 1:
         raise ModelError(f"there are {len(files)} GGUF files, one is allowed: {', '.join(p.name for p in files)}")
     from trainers.registration.gguf_weights import convert
 
-    convert(files[0], folder)
-    files[0].unlink()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    own = Path.cwd()
+    convert(files[0], own)
+    return own

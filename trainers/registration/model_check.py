@@ -1,29 +1,41 @@
-"""Whether a model's files are a causal language model: asked of a process of its own.
+"""Whether a model's files are a causal language model: asked of a reader within the walls.
 
-That process loads torch and the weights (`python -m trainers.registration.language_models`), so this one does not, and
-the memory is given back with its end.
+It loads torch and the weights (`trainers.registration.language_models`), so this process does not, and the memory is
+given back with its end.
 """
 
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
-import tempfile
-from collections.abc import Collection
+import re
+import shutil
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from tunesmith import processes
+from trainers.isolation import outputs, readers
+from trainers.isolation.readers import Limits, Reading
 from tunesmith.assets.model_folder import LANGUAGE_MODEL_FILES
-from tunesmith.errors import ModelError, OutOfMemoryError, WorkerLostError
+from tunesmith.errors import ModelError, WorkerLostError
 from tunesmith.frozen import Frozen
+from tunesmith.settings import Settings
 
-TAIL_LINES = 20
+_LOADED_PER_BYTE = {".safetensors": 2.5, ".gguf": 25.0}
+"""What a byte of a weights' file takes in memory at the very most; 4 bits become 32, and are held twice."""
+_MEMORY_BYTES = 3 << 30
+"""What loading takes beside the weights, torch's own among it."""
+_SLOWEST_BYTES_PER_S = 10 << 20
+_CONVERTED = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.(json|jinja|model|safetensors|txt)")
+"""Names of the files that a GGUF file becomes."""
 
 logger = logging.getLogger(__name__)
+
+
+class ModelQuestion(Frozen):
+    """The folder that may be a language model."""
+
+    folder: Path
 
 
 class LanguageModel(Frozen):
@@ -46,7 +58,7 @@ class Refusal(Frozen):
 
 
 class Verdict(Frozen):
-    """The answer of the process: one of the two."""
+    """The answer of the reader: one of the two."""
 
     model: LanguageModel | None = None
     refusal: Refusal | None = None
@@ -71,23 +83,43 @@ def check_names(names: Collection[str]) -> None:
             )
 
 
-def look_for_language_model(folder: Path) -> tuple[dict[str, Any], bool]:
+def look_for_language_model(
+    folder: Path, *, settings: Settings, listen: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Any], bool]:
     """What the files in `folder` are, and whether they are a causal language model at all."""
     if not may_be_language_model(folder):
         return {}, False
     try:
-        return check_language_model(folder), True
+        return check_language_model(folder, settings=settings, listen=listen), True
     except ModelError as error:
         logger.info("the model is no causal language model: %s", error.message)
         return {}, False
 
 
-def check_language_model(folder: Path) -> dict[str, Any]:
+def check_language_model(
+    folder: Path, *, settings: Settings, listen: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Load the model as a job will, and run it once; what it is. A GGUF file is put into safetensors on the way.
 
-    ModelError says why the model does not load.
+    ModelError says why the model does not load. `listen` may raise what ends the check.
     """
-    verdict = _ask(folder)
+    sizes = [(path.suffix, path.stat().st_size) for path in folder.iterdir() if path.suffix in _LOADED_PER_BYTE]
+    largest = int(sum(size * _LOADED_PER_BYTE[suffix] for suffix, size in sizes))
+    reading = Reading(
+        name="the check of the model",
+        place="trainers.registration.language_models:judge",
+        request=ModelQuestion(folder=folder),
+        answer=Verdict,
+        readable=[folder],
+        limits=Limits(
+            memory_bytes=_MEMORY_BYTES + largest,
+            time_s=900 + largest / _SLOWEST_BYTES_PER_S,
+            silence_s=900 + largest / _SLOWEST_BYTES_PER_S,
+            file_bytes=(1 << 30) + largest,
+        ),
+        fault=ModelError,
+    )
+    verdict = readers.read(reading, settings=settings, listen=listen, take=partial(_take_converted, folder))
     if verdict.refusal is not None:
         given = verdict.refusal
         raise ModelError(given.message, fields=given.fields, hint=given.hint, code=given.code)
@@ -96,33 +128,13 @@ def check_language_model(folder: Path) -> dict[str, Any]:
     return verdict.model.model_dump()
 
 
-def _ask(folder: Path) -> Verdict:
-    command = [sys.executable, "-m", "trainers.registration.language_models", str(folder)]
-    with processes.lifeline() as stdin, tempfile.TemporaryFile() as said:
-        process = subprocess.run(
-            processes.with_lifeline(command),
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            start_new_session=True,
-            check=False,
-        )
-        said.seek(0)
-        tail = said.read().decode(errors="replace").strip().splitlines()[-TAIL_LINES:]
-    if tail:
-        logger.info("the check of the model said:\n%s", "\n".join(tail))
-    try:
-        return Verdict.model_validate_json(process.stdout)
-    except ValidationError:
-        pass
-    how = f"exit code {process.returncode}" if process.returncode >= 0 else f"signal {-process.returncode}"
-    if process.returncode == -9:
-        raise OutOfMemoryError(
-            f"the check of the model ended with {how}: the memory of the machine may have run out",
-            hint="register it where more memory is free",
-        )
-    raise ModelError(
-        f"the check of the model ended with {how}; its last line: {tail[-1] if tail else 'none'}",
-        fields=["source"],
-        hint="loading these files ends the process that loads them",
-    )
+def _take_converted(folder: Path, own: Path) -> None:
+    """Put what a GGUF file became in its place: regular files of plain names, and nothing else that lies in `own`."""
+    names = [name for name in outputs.walk(own).files if _CONVERTED.fullmatch(name)]
+    if not any(name.endswith(".safetensors") for name in names):
+        return
+    for name in names:
+        with outputs.opened(own, name) as (descriptor, _):
+            shutil.copyfile(f"/proc/self/fd/{descriptor}", folder / name)
+    for file in folder.glob("*.gguf"):
+        file.unlink()

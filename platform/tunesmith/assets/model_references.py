@@ -53,6 +53,11 @@ def check_references(folder: Path, *, present: Collection[str] | None = None) ->
                 _check(folder, name, where, name=named, present=present)
 
 
+def is_reference_file(path: str) -> bool:
+    """Whether `check_references` reads the file of that path."""
+    return "/" not in path and (path.endswith(INDEX) or path in _CONFIGS)
+
+
 def _shards(index: Mapping[str, Any], file: str) -> list[Given] | None:
     """The files that an index names; None where it is the index of something else than weights."""
     found = index.get("weight_map")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ Row = dict[str, Any]
 MAX_ROW_BYTES = 16 << 20
 """A row is held in memory whole; one that is longer is refused."""
 MAX_COLUMNS = 1000
+MAX_COLUMN_CHARACTERS = 1000
+"""Of a column's name: manifests and messages hold them all."""
 
 _BLOCK_BYTES = 1 << 20
 _BLOCK_ROWS = 4096
@@ -84,15 +86,20 @@ def read_blocks(path: Path) -> Iterator[Block]:
         yield Block(path, parsed=rows)
 
 
-def describe(path: Path) -> Table:
-    """Columns and number of rows of a data file, all of it read. DataError where it does not parse or has no row."""
+def describe(path: Path, told: Callable[[int], None] = lambda rows: None) -> Table:
+    """Columns and number of rows of a data file, all of it read; `told` is called with the rows so far.
+
+    DataError where it does not parse or has no row.
+    """
     columns: dict[str, None] = {}
     rows = 0
     for row in read_rows(path):
-        columns.update(dict.fromkeys(row))
+        if not row.keys() <= columns.keys():
+            columns.update(dict.fromkeys(row))
+            _check_columns(path, columns)
         rows += 1
-        if len(columns) > MAX_COLUMNS:
-            raise _wrong(path, f"it has more than {MAX_COLUMNS} columns")
+        if not rows % 256:
+            told(rows)
     if rows == 0:
         raise _wrong(path, "it has no row")
     return Table.model_validate({"format": data_format(path), "columns": list(columns), "rows": rows})
@@ -172,9 +179,17 @@ def _read_csv(path: Path) -> Iterator[_Read]:
             raise _wrong(path, f"line {number}: {error}") from None
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    if len(header) > MAX_COLUMNS:
+def _check_columns(path: Path, names: Collection[str]) -> None:
+    if len(names) > MAX_COLUMNS:
         raise _wrong(path, f"it has more than {MAX_COLUMNS} columns")
+    longest = max(names, key=len, default="")
+    if len(longest) > MAX_COLUMN_CHARACTERS:
+        what = f"it has a column whose name has {len(longest):,} characters, {longest[:40]!r} and so on"
+        raise _wrong(path, f"{what}; allowed are {MAX_COLUMN_CHARACTERS:,}")
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    _check_columns(path, header)
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise _wrong(path, f"the header has the column {twice!r} twice")
@@ -208,6 +223,8 @@ def _read_parquet(path: Path) -> Iterator[_Read]:
                     for row in _python_rows(path, batch, number):
                         number += 1
                         yield number, row, row_bytes
+        except MemoryError:
+            raise
         except (pa.ArrowException, OSError) as error:
             place = f"after row {number} " if number else ""
             raise _wrong(path, f"{place}it is not parquet: {error}") from None
