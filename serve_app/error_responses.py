@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from tunesmith.api.views import ErrorBody
 from tunesmith.errors import TunesmithError, UnavailableError
 from tunesmith.jobs.spec import refusal
+from tunesmith.visible_text import visible
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,10 @@ async def _on_invalid_request(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """What Starlette and FastAPI refuse by themselves."""
     assert isinstance(error, HTTPException)
-    asked = f"{request.method} {request.url.path}"
+    asked = visible(f"{request.method} {request.url.path}", limit=300)
     refused: TunesmithError
+    if isinstance(error.__cause__, TunesmithError):  # the body could not be read; FastAPI wraps what said why
+        return error_response(error.__cause__, request.state.request_id, error.headers)
     if error.status_code == 404:
         refused = BadRequestError(f"there is no {asked}", hint="GET /openapi.json lists the routes", code="not_found")
     elif error.status_code == 405:

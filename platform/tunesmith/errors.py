@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+MAX_MESSAGE = 10_000
+"""Characters of a message: it may quote what somebody else has written."""
+
 
 class TunesmithError(Exception):
     """The root of every error the platform raises on purpose.
@@ -22,6 +25,7 @@ class TunesmithError(Exception):
     def __init__(
         self, message: str, *, fields: Sequence[str] = (), hint: str | None = None, code: str | None = None
     ) -> None:
+        message = message if len(message) <= MAX_MESSAGE else f"{message[: MAX_MESSAGE - 1]}…"
         super().__init__(message)
         self.message = message
         self.fields = list(fields)

@@ -4,44 +4,47 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Query, Response
+from fastapi import APIRouter, Body, Path, Query, Response
 from pydantic import Field
 
 from serve_app import openapi_examples
 from serve_app.door import Door, DoorDep
 from serve_app.error_responses import documented
+from serve_app.json_bodies import JsonRoute
 from serve_app.orders import place
 from serve_app.routes.jobs import REPLAY, IdempotencyKey, answer_order
 from serve_app.views import asset_view
 from tunesmith.api.views import AssetView, JobView, Page
 from tunesmith.assets.catalog import Manifest, get_manifest, list_manifests
 from tunesmith.assets.gallery import FOLDER, README
+from tunesmith.bounds import MAX_LINE, Line, SourceText
 from tunesmith.errors import NotFoundError, SpecError
 from tunesmith.frozen import Frozen
 from tunesmith.jobs.flavors import Flavor, load_flavors
 from tunesmith.jobs.spec import RegisterSpec
 from tunesmith.storage.layout import check_name
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=JsonRoute)
 
-NameQuery = Annotated[str | None, Query(description="only the versions of this name")]
+Ref = Annotated[str, Path(max_length=MAX_LINE)]
+NameQuery = Annotated[str | None, Query(max_length=MAX_LINE, description="only the versions of this name")]
 
 
 class RegisterModel(Frozen):
     """Files to register as a new version of a model."""
 
-    name: str
-    source: str
+    name: Line
+    source: SourceText
     """A full path on the door's machine, or an `s3://` or `obs://` prefix."""
-    task_type: str | None = Field(default=None, min_length=1, max_length=63)
+    task_type: Annotated[Line | None, Field(default=None, min_length=1, max_length=63)]
     """Default: what the card's front matter says."""
 
 
 class RegisterDataset(Frozen):
     """Files to register as a new version of a dataset."""
 
-    name: str
-    source: str
+    name: Line
+    source: SourceText
     """A full path on the door's machine, or an `s3://` or `obs://` prefix."""
 
 
@@ -58,7 +61,7 @@ def list_models(door: DoorDep, name: NameQuery = None) -> Page[AssetView]:
 
 
 @router.get("/models/{ref}", tags=["models"], responses=documented(404, 422))
-def get_model(door: DoorDep, ref: str) -> AssetView:
+def get_model(door: DoorDep, ref: Ref) -> AssetView:
     """A model by NAME@VERSION, or the newest version of a NAME."""
     return _get(door, "model", ref)
 
@@ -69,7 +72,7 @@ def get_model(door: DoorDep, ref: str) -> AssetView:
     response_class=Response,
     responses={200: {"content": {"text/markdown": {"schema": {"type": "string"}}}}, **documented(404, 422)},
 )
-def get_dataset_readme(door: DoorDep, ref: str) -> Response:
+def get_dataset_readme(door: DoorDep, ref: Ref) -> Response:
     """What a model that brings its own training says its datasets must look like: its `dataset_readme.md`."""
     manifest = _manifest(door, "model", ref)
     if manifest.gallery is None or manifest.gallery.problems:
@@ -102,7 +105,7 @@ def list_datasets(door: DoorDep, name: NameQuery = None) -> Page[AssetView]:
 
 
 @router.get("/datasets/{ref}", tags=["datasets"], responses=documented(404, 422))
-def get_dataset(door: DoorDep, ref: str) -> AssetView:
+def get_dataset(door: DoorDep, ref: Ref) -> AssetView:
     """A dataset by NAME@VERSION, or the newest version of a NAME."""
     return _get(door, "dataset", ref)
 

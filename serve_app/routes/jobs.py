@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi import APIRouter, Body, Header, Path, Query, Response
 from fastapi.responses import JSONResponse
+from pydantic import Field, WithJsonSchema
 
 from serve_app import openapi_examples
 from serve_app.door import DoorDep
 from serve_app.error_responses import documented
+from serve_app.json_bodies import JsonRoute
 from serve_app.log_pages import parse_cursor, read_logs, read_metrics
 from serve_app.orders import place, plan
 from serve_app.views import event_view, job_view
 from tunesmith.api.views import EventView, JobView, LogView, Page
+from tunesmith.bounds import MAX_LINE
 from tunesmith.jobs.attempts import MetricLine
 from tunesmith.jobs.audit_report import AuditReport
 from tunesmith.jobs.evaluation_record import Evaluation
@@ -21,10 +24,15 @@ from tunesmith.jobs.spec import AnyTrainJob, RegisterJob, TrainSpec
 from tunesmith.jobs.stored_reports import read_audit, read_evaluations
 from tunesmith.records.record import Insertion
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = APIRouter(prefix="/v1", tags=["jobs"], route_class=JsonRoute)
 
+MAX_NAMES = 100
+"""How often a parameter may be given that may be given several times."""
+
+# Checked by whoever uses it, with words of its own; the schema only says it.
+_Key = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_LINE, "pattern": "^[!-~]*$"})]
 IdempotencyKey = Annotated[
-    str | None,
+    _Key | None,
     Header(
         alias="Idempotency-Key",
         description="1 to 255 visible ASCII characters. The same key and body again: the first answer, and no new job. "
@@ -34,7 +42,14 @@ IdempotencyKey = Annotated[
 State = Literal["pending", "queued", "preparing", "running", "stopping", "completed", "failed", "stopped"]
 TrainBody = Annotated[TrainSpec, Body(openapi_examples=openapi_examples.TRAIN)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
-CursorQuery = Annotated[str | None, Query(description="`next` of an earlier page; without it, from the beginning")]
+CursorQuery = Annotated[
+    str | None, Query(max_length=MAX_LINE, description="`next` of an earlier page; without it, from the beginning")
+]
+JobId = Annotated[str, Path(max_length=MAX_LINE)]
+Names = Annotated[
+    list[Annotated[str, Field(max_length=MAX_LINE)]] | None,
+    Query(max_length=MAX_NAMES, description="may be given several times"),
+]
 
 REPLAY: dict[int | str, dict[str, Any]] = {
     200: {
@@ -72,9 +87,11 @@ def list_jobs(
     door: DoorDep,
     *,
     kind: Literal["train", "register"] | None = None,
-    state: Annotated[list[State] | None, Query(description="may be given several times")] = None,
+    state: Annotated[list[State] | None, Query(max_length=MAX_NAMES, description="may be given several times")] = None,
     limit: Limit = 50,
-    after: Annotated[str | None, Query(description="`next` of an earlier page: a job's id")] = None,
+    after: Annotated[
+        str | None, Query(max_length=MAX_LINE, description="`next` of an earlier page: a job's id")
+    ] = None,
 ) -> Page[JobView]:
     """Jobs, newest first."""
     records = door.store.page(kind=kind, states=state or (), limit=limit + 1, after=after)
@@ -83,19 +100,19 @@ def list_jobs(
 
 
 @router.get("/jobs/{job_id}", responses=documented(404, 422))
-def get_job(door: DoorDep, job_id: str) -> JobView:
+def get_job(door: DoorDep, job_id: JobId) -> JobView:
     """One job, as it is now."""
     return job_view(door.store.get(job_id))
 
 
 @router.post("/jobs/{job_id}/stop", responses=documented(404, 409, 422))
-def stop_job(door: DoorDep, job_id: str) -> JobView:
+def stop_job(door: DoorDep, job_id: JobId) -> JobView:
     """Stop a job; one that runs saves a checkpoint first. A job that is stopping or final stays as it is."""
     return job_view(door.store.request_stop(job_id))
 
 
 @router.delete("/jobs/{job_id}", status_code=204, responses=documented(404, 409, 422))
-def delete_job(door: DoorDep, job_id: str) -> None:
+def delete_job(door: DoorDep, job_id: JobId) -> None:
     """Delete a final job with its checkpoints, logs and metrics. What it published stays."""
     door.store.delete(job_id)
 
@@ -103,7 +120,7 @@ def delete_job(door: DoorDep, job_id: str) -> None:
 @router.get("/jobs/{job_id}/events", responses=documented(404, 422))
 def list_job_events(
     door: DoorDep,
-    job_id: str,
+    job_id: JobId,
     after: Annotated[int, Query(ge=0, le=2**63 - 1, description="a sequence number: `next` of an earlier page")] = 0,
     limit: Limit = 1000,
 ) -> Page[EventView]:
@@ -116,8 +133,10 @@ def list_job_events(
 @router.get("/jobs/{job_id}/logs", responses=documented(404, 422))
 def list_job_logs(
     door: DoorDep,
-    job_id: str,
-    rank: Annotated[str, Query(pattern=r"^(driver|[0-9]{1,6})$", description="a worker's number")] = "driver",
+    job_id: JobId,
+    rank: Annotated[
+        str, Query(max_length=6, pattern=r"^(driver|[0-9]{1,6})$", description="a worker's number")
+    ] = "driver",
     after: CursorQuery = None,
 ) -> Page[LogView]:
     """A log, about 1 MiB a page, over all attempts in order. `next` is always given: ask again for what came since."""
@@ -127,8 +146,8 @@ def list_job_logs(
 @router.get("/jobs/{job_id}/metrics", responses=documented(404, 422))
 def list_job_metrics(
     door: DoorDep,
-    job_id: str,
-    name: Annotated[list[str] | None, Query(description="may be given several times")] = None,
+    job_id: JobId,
+    name: Names = None,
     after: CursorQuery = None,
 ) -> Page[MetricLine]:
     """Metrics over all attempts in order. `next` is always given: ask again for what came since."""
@@ -136,7 +155,7 @@ def list_job_metrics(
 
 
 @router.get("/jobs/{job_id}/audit", responses=documented(404, 422))
-def get_job_audit(door: DoorDep, job_id: str) -> AuditReport:
+def get_job_audit(door: DoorDep, job_id: JobId) -> AuditReport:
     """What the job trains: counts, lengths, and rows with their trained tokens marked."""
     return read_audit(door.storage, door.store.get(job_id).id)
 
@@ -144,7 +163,7 @@ def get_job_audit(door: DoorDep, job_id: str) -> AuditReport:
 @router.get("/jobs/{job_id}/evaluations", responses=documented(404, 422))
 def list_job_evaluations(
     door: DoorDep,
-    job_id: str,
+    job_id: JobId,
     after: Annotated[int, Query(ge=-1, le=2**63 - 1, description="a step: `next` of an earlier page")] = -1,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[Evaluation]:

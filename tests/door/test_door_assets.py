@@ -52,7 +52,7 @@ def test_a_source_must_be_there_and_below_an_import_root(client: TestClient, tmp
     (tmp_path / "data-2").mkdir()
     refusals = {
         f"{tmp_path}/data/none": "unknown_source",
-        f"{tmp_path}/data/{'x' * 5000}": "unknown_source",
+        f"{tmp_path}/data/{'x' * 5000}": "invalid_spec",
         f"{tmp_path}/secret": "source_not_allowed",
         f"{tmp_path}/none": "source_not_allowed",
         f"{tmp_path}/data/../secret": "source_not_allowed",
@@ -60,7 +60,7 @@ def test_a_source_must_be_there_and_below_an_import_root(client: TestClient, tmp
         f"{tmp_path}/data-2": "source_not_allowed",
         "data": "invalid_source",
         "": "invalid_source",
-        "/\0": "invalid_source",
+        "/\0": "invalid_spec",
         "http://example.com/x": "invalid_source",
         "s3://": "invalid_source",
     }

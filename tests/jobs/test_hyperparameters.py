@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tunesmith.bounds import VALUES_SCHEMA
 from tunesmith.errors import SpecError
 from tunesmith.hyperparameters.checks import resolve
 from tunesmith.hyperparameters.definitions import (
@@ -115,7 +116,7 @@ def test_the_apis_schema_is_made_from_the_definitions() -> None:
             assert (there[h.name]["description"], there[h.name]["x-description-zh"]) == (h.help, h.help_zh)
             assert there[h.name]["default"] == h.default
     assert (properties["hyperparameters"]["additionalProperties"], properties["advanced"]["additionalProperties"]) == (
-        True,  # a custom model has names of its own
+        VALUES_SCHEMA["additionalProperties"],  # a custom model has names of its own
         False,
     )
     rank = properties["hyperparameters"]["properties"]["lora_rank"]

@@ -19,6 +19,7 @@ from tunesmith.assets.cards import FILE as CARD
 from tunesmith.assets.cards import Card
 from tunesmith.assets.image_references import parse_image
 from tunesmith.assets.train_params import TYPES, Method, Parameter, read_methods
+from tunesmith.bounds import value_fault
 from tunesmith.errors import SpecError, nearest
 from tunesmith.file_names import path_fault
 from tunesmith.frozen import Tolerant
@@ -156,6 +157,8 @@ def advanced(given: Mapping[str, Any]) -> SharedAdvanced:
 def _checked(parameter: Parameter, value: Any) -> Value:
     kind, about = TYPES[parameter.type], parameter.help or parameter.name
     h = Hyperparameter(parameter.name, kind, None, about, about)
+    if is_of_type(h, value) and (why := value_fault(value)) is not None:
+        raise SpecError(f"{h.name} {why}", fields=[f"hyperparameters.{h.name}"], code="invalid_hyperparameter")
     if not is_of_type(h, value) or (kind is float and not math.isfinite(value)):
         raise refusal(h, value, "hyperparameters")
     checked: Value = kind(value)

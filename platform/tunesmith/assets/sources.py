@@ -12,7 +12,9 @@ import re
 from pathlib import Path
 
 from tunesmith.errors import SpecError
+from tunesmith.file_names import ALLOWED, path_fault
 from tunesmith.settings import Settings
+from tunesmith.visible_text import is_visible, visible
 
 SYSTEM = ("/proc", "/sys", "/dev", "/run", "/var/run")
 """Folders of the system: what lies there tells of processes and devices, and may have no end."""
@@ -26,13 +28,19 @@ def check_source(source: str, settings: Settings) -> str:
     SpecError where the source is not allowed, or not there.
     """
     bucket = _BUCKET.fullmatch(source)
+    given = visible(repr(source), limit=300)
     if bucket is not None:
         _check_bucket(source, settings)
+        prefix = (bucket[3] or "").strip("/")
+        if prefix and (why := path_fault(prefix)) is not None:
+            raise SpecError(
+                f"source is {given}, whose prefix {why}", fields=["source"], hint=ALLOWED, code="invalid_source"
+            )
         return source
     path = source.removeprefix("file://")
-    if not path.startswith("/") or "\0" in path:
+    if not path.startswith("/") or not is_visible(path):
         raise SpecError(
-            f"source must be a full path, s3://BUCKET/PREFIX or obs://BUCKET/PREFIX, got {source!r}",
+            f"source must be a full path, s3://BUCKET/PREFIX or obs://BUCKET/PREFIX, got {given}",
             fields=["source"],
             code="invalid_source",
         )

@@ -11,9 +11,14 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, Valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tunesmith.assets.located_json import Place, read_json
+from tunesmith.bounds import MAX_TEXT, MAX_VALUES, value_fault
 from tunesmith.frozen import Frozen
+from tunesmith.visible_text import visible
 
 TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+
+MAX_METHODS = 50
+"""Ways of training that one model may have."""
 
 _NAME = re.compile(r"[A-Za-z0-9_]{1,64}", re.ASCII)
 
@@ -38,7 +43,7 @@ class Parameter(Frozen):
     """Whether it cannot be left out."""
     default: int | float | str | bool | None = None
     """Used where none is given. Without a default, a hyperparameter that is not required is left out."""
-    help: str = ""
+    help: str = Field(default="", max_length=MAX_TEXT)
 
     @field_validator("default", mode="before")
     @classmethod
@@ -48,6 +53,8 @@ class Parameter(Frozen):
             return None
         if value is not None and not _fits(value, kind):
             raise PydanticCustomError("default", "must be of type {kind}", {"kind": kind})
+        if (why := value_fault(value)) is not None:
+            raise PydanticCustomError("default", "{why}", {"why": why})
         return value
 
 
@@ -57,7 +64,7 @@ class Method(Frozen):
     model_config = ConfigDict(extra="allow", strict=True)
 
     name: Name
-    hyperparameters: list[Parameter]
+    hyperparameters: list[Parameter] = Field(max_length=MAX_VALUES)
 
 
 class _Methods(Frozen):
@@ -65,7 +72,7 @@ class _Methods(Frozen):
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    training_methods: list[Method] = Field(min_length=1)
+    training_methods: list[Method] = Field(min_length=1, max_length=MAX_METHODS)
 
 
 def read_methods(text: str, path: str) -> tuple[list[Method], list[str]]:
@@ -104,6 +111,10 @@ def _sentence(item: ErrorDetails) -> str:
     """What is wrong at one place, out of pydantic's words for it."""
     if item["type"] == "too_short":
         return "is empty; at least one method is needed"
+    if item["type"] == "too_long":
+        return f"has {item['ctx']['actual_length']} entries; allowed are {item['ctx']['max_length']}"
+    if item["type"] == "string_too_long":
+        return f"has more than {item['ctx']['max_length']} characters"
     if item["loc"] in ((), ("training_methods",)):
         return 'must be a list of methods, in an object: {"training_methods": [{"name": …, "hyperparameters": […]}]}'
     if item["type"] == "missing":
@@ -135,5 +146,4 @@ def _path(place: Place) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+    return visible(repr(value), limit=80)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from tunesmith.errors import SpecError, nearest
 from tunesmith.hyperparameters.definitions import SECTIONS
 from tunesmith.hyperparameters.field import Hyperparameter, Section, Value, definitions
+from tunesmith.visible_text import visible
 
 S = TypeVar("S", bound=Section)
 
@@ -53,7 +54,10 @@ def refusal(h: Hyperparameter, value: Any, section: str) -> SpecError:
     else:
         allowed = f"must be {h.bounds or 'a finite number'}"
     return SpecError(
-        f"{h.name} {allowed}, got {value!r}", fields=[f"{section}.{h.name}"], hint=f"{h.name}: {h.help}", code=code
+        f"{h.name} {allowed}, got {visible(repr(value), limit=200)}",
+        fields=[f"{section}.{h.name}"],
+        hint=f"{h.name}: {h.help}",
+        code=code,
     )
 
 
@@ -61,8 +65,8 @@ def _check_names(given: Mapping[str, Any], known: Mapping[str, Hyperparameter], 
     for name in given:
         if name not in known:
             raise SpecError(
-                f"there is no hyperparameter {name!r} in {section}",
-                fields=[f"{section}.{name}"],
+                f"there is no hyperparameter {visible(repr(name), limit=100)} in {section}",
+                fields=[f"{section}.{visible(name, limit=100)}"],
                 hint=_elsewhere(name, section) or nearest(name, known) or f"known are: {', '.join(known)}",
                 code="unknown_hyperparameter",
             )

@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tunesmith.bounds import MAX_COLUMN, MAX_SOURCE, MAX_TEXT
+from tunesmith.file_names import MAX_PATH_BYTES
 from tunesmith.hyperparameters.field import Chinese, Hyperparameter, Section, definitions
 
 _MANY = 10**7
@@ -31,20 +33,25 @@ class EncodingHyperparameters(Section):
     section: ClassVar[str] = "hyperparameters"
 
     prompt_field: Annotated[
-        str, Field(description="column with the prompt"), Chinese("提问所在的列名")] = "prompt"
+        str, Field(max_length=MAX_COLUMN, description="column with the prompt"), Chinese("提问所在的列名")] = "prompt"
     response_field: Annotated[
-        str, Field(description="column with the response; in text-generation it may be missing"),
+        str, Field(max_length=MAX_COLUMN,
+                   description="column with the response; in text-generation it may be missing"),
         Chinese("回答所在的列名；文本生成任务可以没有这一列")] = "response"
     history_field: Annotated[
-        str | None, Field(description="column with earlier turns, a list of [question, answer]"),
+        str | None, Field(max_length=MAX_COLUMN,
+                          description="column with earlier turns, a list of [question, answer]"),
         Chinese("历史对话所在的列名，内容为 [问题, 回答] 的列表")] = None
     prefix: Annotated[
-        str, Field(description="text put before every prompt"), Chinese("加在每条提问之前的文本")] = ""
+        str, Field(max_length=MAX_TEXT, description="text put before every prompt"),
+        Chinese("加在每条提问之前的文本")] = ""
     instruction_template: Annotated[
-        str | None, Field(description="text between prefix and prompt; absent: the model's template"),
+        str | None, Field(max_length=MAX_TEXT,
+                          description="text between prefix and prompt; absent: the model's template"),
         Chinese("prefix 与提问之间的文本；不填：使用模型自带的对话模板")] = None
     response_template: Annotated[
-        str | None, Field(description="text between prompt and response; absent: the model's template"),
+        str | None, Field(max_length=MAX_TEXT,
+                          description="text between prompt and response; absent: the model's template"),
         Chinese("提问与回答之间的文本；不填：使用模型自带的对话模板")] = None
     max_seq_length: Annotated[
         int, Field(ge=8, le=_LONGEST_ROW, description="tokens of a row at most"),
@@ -63,10 +70,12 @@ class LoraHyperparameters(EncodingHyperparameters):
         None, Field(description="storage path the products are written to"),
         Chinese("训练产物写入的存储路径")] = None
     train_data_file: Annotated[
-        str | None, Field(description="file name of the training data; absent: all but the test file"),
+        str | None, Field(max_length=MAX_PATH_BYTES,
+                          description="file name of the training data; absent: all but the test file"),
         Chinese("训练数据的文件名；不填：除测试文件外的所有文件")] = None
     test_data_file: Annotated[
-        str | None, Field(description="file name of the held-out data; absent: no evaluation"),
+        str | None, Field(max_length=MAX_PATH_BYTES,
+                          description="file name of the held-out data; absent: no evaluation"),
         Chinese("测试数据的文件名；不填：不做评估")] = None
     lora_alpha: Annotated[
         int, Field(ge=1, le=4096, description="scale of the adapter: it acts with lora_alpha / lora_rank"),
@@ -101,7 +110,8 @@ class LoraHyperparameters(EncodingHyperparameters):
         Chinese("学习率预热步数占总步数的比例")] = 0.03
     finetuned_model: Annotated[
         str | None,
-        Field(description="earlier result whose adapter is trained on: NAME@VERSION, the id of a stopped job "
+        Field(max_length=MAX_SOURCE,
+              description="earlier result whose adapter is trained on: NAME@VERSION, the id of a stopped job "
               "(its newest checkpoint), or the storage path of a model or checkpoint"),
         Chinese("已有微调结果，在其 LoRA 权重的基础上继续训练：模型名@版本、已停止任务的 ID（取其最新检查点），"
                 "或模型、检查点的存储路径")] = None
@@ -152,7 +162,8 @@ class Advanced(EncodingAdvanced, SharedAdvanced):
         float, Field(ge=0.0, le=10.0, description="decoupled weight decay"),
         Chinese("权重衰减系数（AdamW）")] = 0.0
     target_modules: Annotated[
-        str, Field(description="modules that get an adapter: all-linear, or names separated by commas"),
+        str, Field(max_length=MAX_SOURCE,
+                   description="modules that get an adapter: all-linear, or names separated by commas"),
         Chinese("添加 LoRA 的模块：all-linear 表示所有线性层，或以逗号分隔的模块名")] = "all-linear"
     strategy: Annotated[
         Literal["auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload"],

@@ -46,6 +46,8 @@ class Hyperparameter:
     help_zh: str
     minimum: float | None = None
     maximum: float | None = None
+    longest: int | None = None
+    """Characters of a text at most."""
     choices: tuple[Value, ...] = ()
     optional: bool = False
     """Whether None (absent) is a value of its own."""
@@ -61,15 +63,19 @@ class Hyperparameter:
 
     @property
     def bounds(self) -> str:
-        """`1 to 256`; empty where there are no bounds."""
+        """`1 to 256`, `at most 1000 characters`; empty where there are no bounds."""
+        if self.longest is not None:
+            return f"at most {self.longest} characters"
         if self.minimum is None or self.maximum is None:
             return ""
         # Whole numbers are written out: 262144, not 2.62144e+05.
         return " to ".join(str(int(b)) if self.type is int else f"{b:g}" for b in (self.minimum, self.maximum))
 
     def is_within_bounds(self, value: Value) -> bool:
-        """Whether a value of the right type lies within the bounds; None and text always do."""
-        if value is None or isinstance(value, str) or self.minimum is None or self.maximum is None:
+        """Whether a value of the right type lies within the bounds; None always does."""
+        if isinstance(value, str):
+            return self.longest is None or len(value) <= self.longest
+        if value is None or self.minimum is None or self.maximum is None:
             return True
         return self.minimum <= value <= self.maximum
 
@@ -100,6 +106,7 @@ def _read(name: str, field: FieldInfo) -> Hyperparameter:
         help_zh=next(it.text for it in field.metadata if isinstance(it, Chinese)),
         minimum=next((float(it.ge) for it in field.metadata if isinstance(it, annotated_types.Ge)), None),  # type: ignore[arg-type]
         maximum=next((float(it.le) for it in field.metadata if isinstance(it, annotated_types.Le)), None),  # type: ignore[arg-type]
+        longest=next((it.max_length for it in field.metadata if isinstance(it, annotated_types.MaxLen)), None),
         choices=choices,
         optional=NoneType in parts,
         supported=(None,) if parts == (NoneType,) else None,

@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, WithJsonSchema
 
+from tunesmith.bounds import MAX_RUN_TIME_S, VALUES_SCHEMA, Line, SourceText, check_values
 from tunesmith.errors import SpecError, nearest
 from tunesmith.frozen import Frozen
 from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters, SharedAdvanced
 from tunesmith.hyperparameters.field import Value, json_schema
+from tunesmith.visible_text import visible
 
 # A custom model has names of its own.
-_HYPERPARAMETERS = {**json_schema(LoraHyperparameters), "additionalProperties": True}
+_HYPERPARAMETERS = {**json_schema(LoraHyperparameters), **VALUES_SCHEMA}
+
+Values = Annotated[dict[str, Any], AfterValidator(check_values)]
+"""Hyperparameters before it is known which there are."""
 
 
 class TrainSpec(Frozen):
     """An order for a training run (docs/contracts.md, section 9)."""
 
     kind: Literal["train"] = "train"
-    name: str | None = None
+    name: Line | None = None
     """What the user calls the job; default: the output model's name."""
-    model: str
-    dataset: str
-    training_type: str | None = None
+    model: Line
+    dataset: Line
+    training_type: Line | None = None
     """`text-question-answering`, `text-generation` or `custom`; default: the model's."""
-    method: str | None = None
+    method: Line | None = None
     """Default: `LoRA`; with `custom`, the only method in the model's `train_params.json`."""
-    hyperparameters: Annotated[dict[str, Any], WithJsonSchema(_HYPERPARAMETERS)] = Field(default={})
+    hyperparameters: Annotated[Values, WithJsonSchema(_HYPERPARAMETERS)] = Field(default={})
     """Those of the text recipe; with `custom`, those of the method."""
-    advanced: Annotated[dict[str, Any], WithJsonSchema(json_schema(Advanced))] = Field(default={})
-    flavor: str
+    advanced: Annotated[Values, WithJsonSchema(json_schema(Advanced))] = Field(default={})
+    flavor: Line
     cards: int = Field(default=1, ge=1, le=1024)
-    output_model: str
+    output_model: Line
     priority: int = Field(default=0, ge=-100, le=100)
-    max_run_time_s: int | None = Field(default=None, ge=1)
+    max_run_time_s: int | None = Field(default=None, ge=1, le=MAX_RUN_TIME_S)
 
 
 class RegisterSpec(Frozen):
@@ -43,10 +49,10 @@ class RegisterSpec(Frozen):
 
     kind: Literal["register"] = "register"
     asset: Literal["model", "dataset"]
-    name: str
-    source: str
+    name: Line
+    source: SourceText
     """A folder, a file, or an `s3://` or `obs://` prefix that the cluster can read."""
-    task_type: str | None = None
+    task_type: Line | None = None
     """For models: default is what the card's front matter says (`task_type`)."""
 
 
@@ -148,6 +154,8 @@ _SPEC: TypeAdapter[TrainSpec | RegisterSpec] = TypeAdapter(Spec)
 _JOB: TypeAdapter[TextJob | CustomJob | RegisterJob] = TypeAdapter(Job)
 
 
+_MOST_SAID = 20
+"""Faults that are told at once."""
 _TAGS = ("train", "register", "body", "text-question-answering", "text-generation", "custom")
 """What pydantic puts into the path of a field to say which kind of a union it is of."""
 
@@ -178,8 +186,8 @@ def spec_error(error: ValidationError) -> SpecError:
 def refusal(items: Iterable[Mapping[str, Any]]) -> SpecError:
     """As spec_error, from the list itself: FastAPI has one of its own."""
     fields, sentences, hint = [], [], None
-    for item in items:
-        path = ".".join(str(part) for part in item["loc"] if part not in _TAGS)
+    for item in islice(items, _MOST_SAID):
+        path = ".".join(visible(str(part), limit=80) for part in item["loc"] if part not in _TAGS)
         fields.append(path)
         if item["type"] == "extra_forbidden":
             known = [*TrainSpec.model_fields, *RegisterSpec.model_fields]
@@ -198,5 +206,9 @@ def _output(kind: Literal["model", "dataset"], ref: str) -> Output:
 
 
 def _short(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    # Of a large thing not all is spelled out, and of a long number Python refuses to.
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return "a number of more than 300 digits"
+    if isinstance(value, str):
+        value = value[:limit]
+    return visible(repr(value), limit=limit)
