@@ -24,6 +24,7 @@ from rich.console import Console
 
 from demo.interrupts import interrupt_on_leave, uninterrupted
 from demo.job import FREIGHT, Data, prepare, run
+from trainers.isolation.bubblewrap import IsolationError, find_bubblewrap
 from tunesmith.api.client import Client
 from tunesmith.cli.session import INTERRUPTED, exit_code, print_error
 from tunesmith.errors import SpecError, TunesmithError
@@ -94,7 +95,7 @@ def main() -> int:
 @contextmanager
 def _platform(console: Console, *, keep: bool) -> Iterator[Settings]:
     """The demo's platform, started where it does not run already."""
-    settings = _settings()
+    settings = _settings(console)
     try:
         with console.status("starting") as status:
             local_platform.up(
@@ -116,17 +117,23 @@ def _platform(console: Console, *, keep: bool) -> Iterator[Settings]:
             console.print(f"The platform is down: {ended} processes ended. KEEP=1 leaves it up.", style="dim")
 
 
-def _settings() -> Settings:
-    """The settings of the demo's platform where it is still up, else settings with free ports."""
+def _settings(console: Console) -> Settings:
+    """The settings of the demo's platform where it is still up, else settings with free ports.
+
+    A machine that cannot isolate, such as most containers, shows the demo all the same: its model and rows are trusted.
+    """
     plain = Settings.from_env({"TUNESMITH_HOME": str(HOME)})
     there = local_platform.running(plain)
     if there is not None:
         return Settings.from_env(there.settings)
     door, dashboard, ray = ports.free(3)
-    chosen = {"PORT": door, "RAY_DASHBOARD_PORT": dashboard, "RAY_PORT": ray}
-    return Settings.from_env(
-        {"TUNESMITH_HOME": str(HOME)} | {f"TUNESMITH_{name}": str(port) for name, port in chosen.items()}
-    )
+    chosen = {"HOME": HOME, "PORT": door, "RAY_DASHBOARD_PORT": dashboard, "RAY_PORT": ray}
+    try:
+        find_bubblewrap()
+    except IsolationError as error:
+        console.print(f"{error.message}; the demo reads its own files without walls", style="yellow", soft_wrap=True)
+        chosen["ISOLATION"] = "none"
+    return Settings.from_env({f"TUNESMITH_{name}": str(value) for name, value in chosen.items()})
 
 
 def _client(settings: Settings) -> Client:
