@@ -209,3 +209,25 @@ def test_what_lies_within_the_bounds_is_taken(client: TestClient) -> None:
     nested["hyperparameters"] = {**SPEC["hyperparameters"], "prefix": "你好\n\t" * 1000}
     assert client.post("/v1/jobs", json=nested).status_code == 201
     assert MAX_DEPTH > 10
+
+
+UNREAD = {
+    "33 levels": '{"a":' * 16 + "[" * 17 + "]" * 17 + "}" * 16,
+    "900 levels": "[" * 900 + "]" * 900,
+    "100,000 levels": "[" * 100_000 + "]" * 100_000,
+    "NaN": '{"cards": NaN}',
+    "Infinity": '{"cards": -Infinity}',
+    "1e999": '{"cards": 1e999}',
+    "401 digits": f'{{"cards": {BIG}}}',
+    "100,000 digits": f'{{"cards": {"9" * 100_000}}}',
+    "no UTF-8": b'{"name": "\xff"}',
+    "UTF-16": '{"name": "x"}'.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/plans", "/v1/models", "/v1/datasets"])
+@pytest.mark.parametrize("body", UNREAD.values(), ids=UNREAD)
+def test_a_body_that_is_no_plain_json_is_not_read_any_further(client: TestClient, path: str, body: str | bytes) -> None:
+    answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+    error = error_of(answer, 400, "invalid_json")
+    assert len(error["message"]) < 200
