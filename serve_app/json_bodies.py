@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from fastapi import Request, Response
@@ -48,15 +48,16 @@ def read_json(body: bytes) -> Any:
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        below: list[Any] = []
-        for each in level:
-            if isinstance(each, (dict, list)):
-                below.extend(each.values() if isinstance(each, dict) else each)
-        if not below:
-            return
-        level = below
-    raise _refused(_DEEP)
+    for _ in range(MAX_DEPTH):
+        level = [below for each in level for below in _children(each)]
+    if any(isinstance(each, (dict, list)) for each in level):
+        raise _refused(_DEEP)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 _DEEP = f"the body has more than {MAX_DEPTH} lists and objects in each other"
