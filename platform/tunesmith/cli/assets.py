@@ -12,6 +12,7 @@ import typer
 
 from tunesmith.cli import rendering
 from tunesmith.cli.session import AsJson, answer, follow_to_end, open_client, output
+from tunesmith.cli.terminal import echo, echo_json
 from tunesmith.errors import SpecError, nearest
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def show_model(ref: Ref, as_json: AsJson = False) -> None:
 def show_dataset_readme(ref: Ref) -> None:
     """What a model that brings its own training says its datasets must look like."""
     with open_client() as client:
-        typer.echo(client.dataset_readme(ref).rstrip("\n"))
+        echo(client.dataset_readme(ref).rstrip("\n"))
 
 
 def register_model(
@@ -118,7 +119,7 @@ def hyperparameters(
             for section, known in sections.items()
             for h in known
         ]
-        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        echo_json(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     console = output()
     for section, known in sections.items():

@@ -13,6 +13,7 @@ from tunesmith.cli.jobs import JobId
 from tunesmith.cli.order_options import Advanced, Set, Type
 from tunesmith.cli.session import REFUSED, AsJson, messages, open_client, output, read_settings
 from tunesmith.cli.spec_files import with_flags
+from tunesmith.cli.terminal import echo_json, shown
 from tunesmith.errors import TunesmithError, UnavailableError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def audit_dataset(
     order = with_flags(order, {}, hyperparameters=set_ or [], advanced=advanced or [])
     report = AuditReport.model_validate(_run(order, rows))
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
+        echo_json(report.model_dump_json(indent=2))
     else:
         _show(report)
     if report.refusal is not None:
@@ -68,7 +69,7 @@ def show_audit(job_id: JobId, as_json: AsJson = False) -> None:
     with open_client() as client:
         report = client.audit(job_id)
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
+        echo_json(report.model_dump_json(indent=2))
     else:
         _show(report)
 
@@ -113,11 +114,11 @@ def _show(report: AuditReport) -> None:
     console.print()
     for finding in report.findings:
         style = "red" if finding.level == "refused" else "yellow"
-        console.print(Text(f"{finding.level}: {finding.message}", style=style), soft_wrap=True)
+        console.print(Text(shown(f"{finding.level}: {finding.message}"), style=style), soft_wrap=True)
         if finding.hint:
-            console.print(f"  hint: {finding.hint}", soft_wrap=True)
+            console.print(f"  hint: {shown(finding.hint)}", soft_wrap=True)
     if report.refusal is None:
-        console.print(Text(f"{report.dataset} can be trained on with {report.model}", style="green"))
+        console.print(Text(shown(f"{report.dataset} can be trained on with {report.model}"), style="green"))
 
 
 def _counts(report: AuditReport) -> Table:
@@ -150,7 +151,8 @@ def _row(row: AuditedRow) -> Text:
     """A row with its trained parts in colour and in brackets."""
     from rich.text import Text
 
-    shown = Text()
+    line = Text()
     for text, trained in row.pieces:
-        shown.append(f"⟦{text}⟧" if trained else text, _TRAINED if trained else _CONTEXT)
-    return shown
+        text = shown(text, lines=True)
+        line.append(f"⟦{text}⟧" if trained else text, _TRAINED if trained else _CONTEXT)
+    return line

@@ -13,6 +13,7 @@ from rich.text import Text
 from tunesmith.cli import rendering
 from tunesmith.cli.jobs import JobId
 from tunesmith.cli.session import AsJson, answer, open_client
+from tunesmith.cli.terminal import shown
 
 if TYPE_CHECKING:
     from tunesmith.jobs.evaluation_record import Evaluation
@@ -52,14 +53,14 @@ def side_by_side(made: Sequence[Evaluation], *, rows: int) -> list[Table]:
     if not made or not made[0].answers or rows == 0:
         return []
     base, tuned = made[0], made[-1]
-    shown = Table(show_lines=True, expand=True, title="Held-out prompts")
+    answers = Table(show_lines=True, expand=True, title="Held-out prompts")
     heads = ("prompt", "expected", f"base (step {base.step})", f"tuned (step {tuned.step})")
     for head, style in zip(heads, ("", "cyan", "yellow", "green"), strict=True):
-        shown.add_column(head, style=style, ratio=1, overflow="fold")
+        answers.add_column(head, style=style, ratio=1, overflow="fold")
     for before, after in list(zip(base.answers, tuned.answers, strict=True))[:rows]:
         cells = (before.prompt, before.expected, before.answer, after.answer)
-        shown.add_row(*(Text(_shortened(cell)) for cell in cells))
-    return [shown]
+        answers.add_row(*(Text(shown(_shortened(cell), lines=True)) for cell in cells))
+    return [answers]
 
 
 def _shortened(text: str) -> str:

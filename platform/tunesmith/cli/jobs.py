@@ -10,6 +10,7 @@ from rich.text import Text
 
 from tunesmith.cli import rendering
 from tunesmith.cli.session import AsJson, answer, follow_to_end, messages, open_client, output
+from tunesmith.cli.terminal import echo, echo_json
 from tunesmith.errors import NotFoundError
 
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
@@ -58,7 +59,10 @@ def events(job_id: JobId, follow: Follow = False, as_json: AsJson = False) -> No
     with open_client() as client:
         if follow:
             for event in client.follow_events(job_id):
-                console.print(event.model_dump_json() if as_json else event_text(event), soft_wrap=True)
+                if as_json:
+                    echo_json(event.model_dump_json())
+                else:
+                    console.print(event_text(event), soft_wrap=True)
             return
         items, place = read_on(lambda after: client.events(job_id, after=after))
     page = Page[EventView](items=items, next=place)
@@ -79,13 +83,16 @@ def logs(
     with open_client() as client:
         if follow:
             for part in client.follow_logs(job_id, rank=rank):
-                typer.echo(part.model_dump_json() if as_json else part.text, nl=as_json)
+                if as_json:
+                    echo_json(part.model_dump_json())
+                else:
+                    echo(part.text, nl=False)
             return
         items, place = read_on(lambda after: client.logs(job_id, rank=rank, after=after))
     if as_json:
-        typer.echo(Page[LogView](items=items, next=place).model_dump_json(indent=2))
+        echo_json(Page[LogView](items=items, next=place).model_dump_json(indent=2))
     else:
-        typer.echo("".join(part.text for part in items), nl=False)
+        echo("".join(part.text for part in items), nl=False)
 
 
 def metrics(
@@ -103,7 +110,10 @@ def metrics(
     with open_client() as client:
         if follow:
             for line in client.follow_metrics(job_id, names=name or ()):
-                typer.echo(line.model_dump_json() if as_json else rendering.metric_text(line))
+                if as_json:
+                    echo_json(line.model_dump_json())
+                else:
+                    echo(rendering.metric_text(line))
             return
         lines, place = read_on(lambda after: client.metrics(job_id, names=name or (), after=after))
     answer(Page[MetricLine](items=lines, next=place), as_json, lambda: rendering.metrics(lines))

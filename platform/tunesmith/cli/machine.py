@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.session import UNREACHABLE, AsJson, messages, open_client, output, read_settings
+from tunesmith.cli.terminal import echo, echo_json
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def status(as_json: AsJson = False) -> None:
         door = {"url": client.url, **_health(client)}
     ray = None if platform is None else {"url": settings.ray_jobs_url, "address": platform.ray_address}
     if as_json:
-        typer.echo(json.dumps({"door": door, "ray": ray, "home": str(settings.home)}, indent=2))
+        echo_json(json.dumps({"door": door, "ray": ray, "home": str(settings.home)}, indent=2))
     else:
         console = output()
         version = f", version {door['version']}" if "version" in door else ""
@@ -72,7 +73,7 @@ def version() -> None:
     """The version of this command."""
     from tunesmith import __version__
 
-    typer.echo(__version__)
+    echo(__version__)
 
 
 def _health(client: Client) -> dict[str, str]:

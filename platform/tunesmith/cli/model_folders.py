@@ -12,6 +12,7 @@ import typer
 
 from tunesmith.cli import rendering
 from tunesmith.cli.session import REFUSED, AsJson, output
+from tunesmith.cli.terminal import echo, echo_json
 from tunesmith.errors import SpecError
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A model's folder on this machine.")]
@@ -34,7 +35,7 @@ def check_model(
     if as_json:
         gallery = None if found.gallery is None else found.gallery.model_dump(mode="json")
         answer = {"task_type": found.task_type, "training": types.model_dump(mode="json"), "gallery": gallery}
-        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+        echo_json(json.dumps(answer, indent=2, ensure_ascii=False))
     else:
         rows: list[tuple[str, object]] = [("task type", found.task_type), *rendering.training(types, found.gallery)]
         if any(each in TEXT_TYPES for each in types.allowed):
@@ -52,4 +53,4 @@ def init_model(folder: Folder) -> None:
         shutil.copytree(template, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     written = "\n".join(f"  {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file())
     name = folder.absolute().name
-    typer.echo(f"{folder}:\n{written}\n\ntunesmith models check {folder}\ntunesmith models register {name} {folder}")
+    echo(f"{folder}:\n{written}\n\ntunesmith models check {folder}\ntunesmith models register {name} {folder}")

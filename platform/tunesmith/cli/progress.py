@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from tunesmith.api.client import Client, read_on
+from tunesmith.cli.terminal import shown
 from tunesmith.clock import seconds
 from tunesmith.jobs.states import FINAL
 
@@ -108,12 +109,12 @@ def show_progress(client: Client, job_id: str, console: Console, *, poll_s: floa
 def event_text(event: EventView) -> Text:
     """One event in one line."""
     what = " ".join(part for part in (event.state, event.phase and f"[{event.phase}]", event.reason) if part)
-    text = Text().append(f"{event.time[11:19]}  ", style="dim")
-    text.append(what, style=_STYLES.get(event.state or "", ""))
+    text = Text().append(f"{shown(event.time[11:19])}  ", style="dim")
+    text.append(shown(what), style=_STYLES.get(event.state or "", ""))
     if event.message:
-        text.append(f"{': ' if what else ''}{event.message}")
+        text.append(f"{': ' if what else ''}{shown(event.message)}")
     elif event.data:
-        text.append("  " + ", ".join(f"{name} {value}" for name, value in event.data.items()))
+        text.append("  " + shown(", ".join(f"{name} {value}" for name, value in event.data.items())))
     return text
 
 
@@ -195,16 +196,16 @@ class _Lines(_Display):
 
 
 def _where(job: JobView) -> str:
-    return f"{job.name} {job.phase or job.state}"
+    return shown(f"{job.name} {job.phase or job.state}")
 
 
 def _outcome(job: JobView, hint: str | None) -> Text:
-    text = Text().append(f"{job.id} {job.state}", style=_STYLES[job.state])
+    text = Text().append(shown(f"{job.id} {job.state}"), style=_STYLES.get(job.state, ""))
     if job.state == "completed":
-        return text.append(f": {job.output_kind} {job.output}")
+        return text.append(shown(f": {job.output_kind} {job.output}"))
     if job.reason or job.message:
-        text.append(f": {': '.join(part for part in (job.reason, job.message) if part)}")
-    return text.append(f"\n  hint: {hint}") if hint else text
+        text.append(f": {shown(': '.join(part for part in (job.reason, job.message) if part))}")
+    return text.append(f"\n  hint: {shown(hint)}") if hint else text
 
 
 def _hint(event: EventView) -> str | None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.cli.terminal import shown
+
 if TYPE_CHECKING:
     from tunesmith.api.views import AssetView, JobView
     from tunesmith.assets.gallery import Gallery
@@ -25,9 +27,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table of plain text, shown exactly as it is."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        made.add_column(column, no_wrap=number == 0, overflow="fold")
+        made.add_column(shown(column), no_wrap=number == 0, overflow="fold")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(_text(cell)) for cell in row))
+        made.add_row(*(cell if isinstance(cell, Text) else Text(shown(_text(cell))) for cell in row))
     return made
 
 
@@ -38,12 +40,12 @@ def pairs(rows: Iterable[tuple[str, object]]) -> Table:
     made.add_column(overflow="fold")
     for name, value in rows:
         if value not in (None, "", {}, []):
-            made.add_row(name, value if isinstance(value, Text) else Text(_text(value)))
+            made.add_row(shown(name), value if isinstance(value, Text) else Text(shown(_text(value), lines=True)))
     return made
 
 
 def state(name: str) -> Text:
-    return Text(name, style=STYLES.get(name, ""))
+    return Text(shown(name), style=STYLES.get(name, ""))
 
 
 def jobs(views: Iterable[JobView]) -> Table:
@@ -134,7 +136,7 @@ def asset(view: AssetView) -> Table:
             *((f"data in {path}", f"{t.rows} rows: {', '.join(t.columns)}") for path, t in view.tables.items()),
             *((name.replace("_", " "), value) for name, value in view.details.items()),
             *(training(view.training, view.gallery) if view.training is not None else ()),
-            ("files", "\n".join(f"{file.path}  {_size(file.size_bytes)}" for file in view.files)),
+            ("files", "\n".join(f"{shown(file.path)}  {_size(file.size_bytes)}" for file in view.files)),
         ]
     )
 
@@ -144,7 +146,7 @@ def training(types: TrainingTypes, gallery: Gallery | None) -> list[tuple[str, o
     named = [f"{name} (default)" if name == types.default else name for name in types.allowed]
     rows: list[tuple[str, object]] = [("training types", ", ".join(named) or "none"), ("reason", types.reason)]
     if gallery is not None:
-        rows += [("image", gallery.image_url), ("problems", "\n".join(gallery.problems))]
+        rows += [("image", gallery.image_url), ("problems", "\n".join(map(shown, gallery.problems)))]
         rows += [(f"method {m.name}", "\n".join(map(_parameter, m.hyperparameters)) or "-") for m in gallery.methods]
     return rows
 
@@ -176,7 +178,7 @@ def metrics(lines: Iterable[MetricLine]) -> Table:
 
 
 def metric_text(line: MetricLine) -> str:
-    return f"{line.time}  step {line.step}  {_metric_name(line)} {_figure(line.value)}"
+    return shown(f"{line.time}  step {line.step}  {_metric_name(line)} {_figure(line.value)}")
 
 
 def _metric_name(line: MetricLine) -> str:
@@ -205,7 +207,7 @@ def _changed(spec: Mapping[str, Any], details: Mapping[str, Any]) -> list[tuple[
 def _parameter(p: Parameter) -> str:
     facts = [p.type, "required" if p.required else "optional"]
     facts += [] if p.default is None else [f"default {_value(p.default)}"]
-    return f"{p.name}  {', '.join(facts)}" + (f": {p.help}" if p.help else "")
+    return shown(f"{p.name}  {', '.join(facts)}" + (f": {p.help}" if p.help else ""))
 
 
 def _allowed(h: Hyperparameter) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tunesmith.cli.terminal import Terminal, echo_json, shown
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
@@ -62,17 +63,15 @@ def messages() -> Console:
 
 
 def _console(*, stderr: bool) -> Console:
-    from rich.console import Console
-
     stream = sys.stderr if stderr else sys.stdout
     # Away from a terminal nothing is cut to its width.
-    return Console(stderr=stderr, width=None if stream.isatty() else 240, highlight=False, markup=False)
+    return Terminal(stderr=stderr, width=None if stream.isatty() else 240, highlight=False, markup=False)
 
 
 def answer(view: BaseModel, as_json: bool, draw: Callable[[], RenderableType]) -> None:
     """Print what a command was asked for: the API's JSON, or what `draw` makes of it for people."""
     if as_json:
-        typer.echo(view.model_dump_json(indent=2))
+        echo_json(view.model_dump_json(indent=2))
     else:
         output().print(draw(), soft_wrap=True)
 
@@ -83,18 +82,20 @@ def follow_to_end(client: Client, job_id: str, *, as_json: bool) -> int:
 
     job = show_progress(client, job_id, messages() if as_json else output())
     if as_json:
-        typer.echo(job.model_dump_json(indent=2))
+        echo_json(job.model_dump_json(indent=2))
     return _BY_STATE[job.state]
 
 
 def print_error(error: TunesmithError) -> None:
     """The error for people, on stderr: what is wrong, where, what to do."""
     console = messages()
-    console.print(f"error: {error.message}", style="red", soft_wrap=True)
+    # A message of several lines cannot look like several messages.
+    message = shown(error.message, lines=True).replace("\n", "\n    ")
+    console.print(f"error: {message}", style="red", soft_wrap=True)
     if error.fields:
-        console.print(f"  fields: {', '.join(error.fields)}", soft_wrap=True)
+        console.print(f"  fields: {shown(', '.join(error.fields))}", soft_wrap=True)
     if error.hint:
-        console.print(f"  hint: {error.hint}", soft_wrap=True)
+        console.print(f"  hint: {shown(error.hint)}", soft_wrap=True)
 
 
 def exit_code(error: TunesmithError) -> int:

@@ -20,6 +20,7 @@ from tunesmith.cli.session import (
     output,
     read_settings,
 )
+from tunesmith.cli.terminal import echo, echo_json
 from tunesmith.errors import SpecError
 
 if TYPE_CHECKING:
@@ -75,9 +76,9 @@ def render(order: OrderOptions, *, as_json: AsJson = False) -> None:
     url = layout.join(storage.url, key)
     command = submit_command(url, settings)
     if as_json:
-        typer.echo(json.dumps({"id": job_id, "url": url, "command": command}, indent=2))
+        echo_json(json.dumps({"id": job_id, "url": url, "command": command}, indent=2))
     else:
-        typer.echo(f"{url}\n\n{command}")
+        echo(f"{url}\n\n{command}")
 
 
 def submit_command(url: str, settings: Settings) -> str:
