@@ -16,6 +16,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from serve_app.app import make_app
 from serve_app.reconciler.launcher import RayLauncher
 from serve_app.reconciler.reconciler import Reconciler
+from tunesmith.log_lines import LineFormatter
 from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
 from tunesmith.storage.urls import open_promptly
@@ -105,6 +106,8 @@ def _bind(deployment: Any, settings: Settings) -> Any:
 
 def log_to_stderr() -> None:
     """Set up logging in one of the platform's processes; libraries log warnings alone."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     for name in ("serve_app", "tunesmith"):
         logging.getLogger(name).setLevel(logging.INFO)

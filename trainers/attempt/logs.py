@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from tunesmith.errors import StorageError
+from tunesmith.log_lines import LineFormatter
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -43,7 +44,7 @@ def log_to_job(storage: Storage, job_id: str, attempt: int, *, rank: str, settin
     `rank` is a worker's number or `driver`. A driver logs to stderr as well, which is Ray's own log of the job; of a
     worker Ray sends it there already.
     """
-    formatter = logging.Formatter(_FORMAT)
+    formatter = LineFormatter(_FORMAT)
     formatter.converter = time.gmtime
     root = logging.getLogger()
     level = root.level
