@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from serve_app.app import make_app
+from serve_app.inner_ports import keep_replica_on_loopback
 from serve_app.reconciler.launcher import RayLauncher
 from serve_app.reconciler.reconciler import Reconciler
 from tunesmith.log_lines import LineFormatter
@@ -38,13 +39,14 @@ _CARE = {
 }
 
 
-@serve.deployment(name=DOOR, max_ongoing_requests=100, **_CARE)
+@serve.deployment(name=DOOR, max_ongoing_requests=300, **_CARE)
 @serve.ingress()
 class DoorReplica:
     """One replica of the front door; it holds no job state."""
 
     def __init__(self, settings: Settings) -> None:
         log_to_stderr()
+        keep_replica_on_loopback()
         self._settings = settings
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -57,6 +59,7 @@ class ReconcilerReplica:
 
     def __init__(self, settings: Settings) -> None:
         log_to_stderr()
+        keep_replica_on_loopback()
         self._pause_s = settings.reconcile_interval_s
         self._reconciler = Reconciler(
             RecordStore(settings.database_url),
@@ -86,15 +89,18 @@ class ReconcilerReplica:
                 logger.exception("a round failed; the next one follows")
 
 
-def deploy(settings: Settings, address: str) -> None:
-    """Run both applications on the Ray cluster at `address` (HOST:PORT); returns when they are up."""
+def deploy(settings: Settings, address: str, *, proxy_port: int) -> None:
+    """Run both applications on the Ray cluster at `address` (HOST:PORT); returns when they are up.
+
+    Serve's proxy listens on `proxy_port` of loopback: it is the gate that listens where the settings say.
+    """
     import ray
 
     RecordStore(settings.database_url).migrate()
     ray.init(address=address, log_to_driver=False)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=settings.host, port=settings.port),
+        http_options=HTTPOptions(host="127.0.0.1", port=proxy_port),
     )
     serve.run(_bind(DoorReplica, settings), name=DOOR, route_prefix="/")
     serve.run(_bind(ReconcilerReplica, settings), name=RECONCILER, route_prefix=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -12,13 +13,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.error_responses import error_response
-from tunesmith.errors import AuthError, TooLargeError, TunesmithError, UnavailableError
+from tunesmith.api.request_bounds import MAX_BODY_BYTES, MAX_BODY_S
+from tunesmith.errors import AuthError, SlowRequestError, TooLargeError, TunesmithError, UnavailableError
 
 OPEN_PATHS = frozenset({"/healthz"})
 """Answered without a token."""
-
-MAX_BODY_BYTES = 1 << 20
-"""What a request may send. Orders are some hundred bytes; data goes to storage, not through the door."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class DoorMiddleware:
 
         try:
             self._check_token(scope)
-            await self._app(scope, _replayed(await _read_body(receive), receive), send_with_id)
+            await self._app(scope, _replayed(await _read_body_in_time(receive), receive), send_with_id)
         except TunesmithError as error:
             await error_response(error, request_id)(scope, receive, send_with_id)
         except Exception:
@@ -82,6 +81,16 @@ class DoorMiddleware:
                 "this needs the header `Authorization: Bearer TOKEN` with the door's token",
                 hint=f"the token is in the file {self._token_path.name} of the installation's home",
             )
+
+
+async def _read_body_in_time(receive: Receive, *, limit_s: float = MAX_BODY_S) -> list[Message]:
+    try:
+        async with asyncio.timeout(limit_s):
+            return await _read_body(receive)
+    except TimeoutError:
+        raise SlowRequestError(
+            f"the body of a request may take {limit_s:g} s, took longer", hint="send the request again"
+        ) from None
 
 
 async def _read_body(receive: Receive) -> list[Message]:

@@ -98,6 +98,14 @@ class TooLargeError(TunesmithError):
     reason = "user_error"
 
 
+class SlowRequestError(TunesmithError):
+    """The request did not come in the time that it may take."""
+
+    code = "request_timeout"
+    status = 408
+    reason = "user_error"
+
+
 class StorageError(TunesmithError):
     """The storage did not do what was asked, after its client's own retries."""
 

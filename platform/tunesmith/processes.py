@@ -23,6 +23,9 @@ import psutil
 PLATFORM_MARK = "TUNESMITH_PLATFORM"
 """Variable that every process of a platform carries, with the platform's mark."""
 
+PRIVATE_UMASK = 0o077
+"""What no process of a platform gives to others when it makes a file, whatever the user's own shell has set."""
+
 _WATCHED = (
     'target=$1; shift; [ "$target" = group ] && target=-$$; exec 3<&0 </dev/null; '
     '( ( read -r _ <&3; kill -s KILL -- "$target" ) >/dev/null 2>&1 & ); exec 3<&-; exec "$@"'
@@ -109,6 +112,16 @@ def end(
         with suppress(psutil.Error):
             root.wait(timeout=0)  # where it is this process's own child, it is a zombie until then
     return [process for process in seen.values() if not is_alive(process)]
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """What this process writes meanwhile is for its user alone."""
+    before = os.umask(PRIVATE_UMASK)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from starlette.types import Message
 
 from serve_app.app import make_app
 from serve_app.door import Door
-from serve_app.middleware import MAX_BODY_BYTES, _read_body
+from serve_app.middleware import MAX_BODY_BYTES, _read_body, _read_body_in_time
 from tests.support.door_fixture import error_of
 from tests.support.stage import SPEC
-from tunesmith.errors import TooLargeError
+from tunesmith.errors import SlowRequestError, TooLargeError
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
@@ -200,6 +200,16 @@ def test_a_body_is_read_no_further_than_the_bound() -> None:
     with pytest.raises(TooLargeError):
         asyncio.run(_read_body(receive))
     assert read == 11
+
+
+def test_a_body_that_does_not_come_in_its_time_is_refused() -> None:
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError("it waited for ever")
+
+    with pytest.raises(SlowRequestError) as caught:
+        asyncio.run(_read_body_in_time(receive, limit_s=0.01))
+    assert (caught.value.status, caught.value.code) == (408, "request_timeout")
 
 
 def test_connections_that_are_all_in_use_are_no_fault_of_the_request(client: TestClient, door: Door) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.ray_fixture import Running, running_platform
 from tunesmith.api.client import Client
-from tunesmith.local import local_platform
+from tunesmith.local import gate, local_platform
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,7 @@ def own() -> Iterator[Running]:
     [
         ["ray::DashboardAgent"],
         pytest.param(["ray::ProxyActor", "ray::ServeReplica:door", "ray::ServeReplica:reconciler"]),
+        pytest.param([gate.LOOP, gate.CONFIGURATION], id="gate"),
         pytest.param(["/gcs_server "], marks=pytest.mark.soak),
         pytest.param(["/raylet "], marks=pytest.mark.soak),
         pytest.param(["/dashboard.py "], marks=pytest.mark.soak),

@@ -1,24 +1,34 @@
 """A real front door over HTTP on loopback, with a token, a record store and a storage; no Ray and no reconciler."""
 
+import os
+import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from serve_app.app import make_app
 from tests.support.stage import publish_inputs
+from tests.support.waiting import until
 from tunesmith.jobs.attempts import MetricLine
 from tunesmith.jobs.states import Change
-from tunesmith.local.local_platform import prepare
+from tunesmith.local import gate
+from tunesmith.local.local_platform import door_answers, prepare
+from tunesmith.local.ports import free
 from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
 from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
+from tunesmith.storage.urls import open_storage
 
 
 @dataclass(frozen=True)
@@ -60,19 +70,62 @@ def live_door(tmp_path: Path) -> Iterator[LiveDoor]:
     """The model `tiny` and the dataset `sums` are there."""
     listener = socket.create_server(("127.0.0.1", 0))
     home = {"TUNESMITH_HOME": str(tmp_path / "home"), "TUNESMITH_PORT": str(listener.getsockname()[1])}
-    settings = Settings.from_env(home)
+    with _serving(Settings.from_env(home), listener) as door:
+        yield door
+
+
+@pytest.fixture(scope="module")
+def gated_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveDoor]:
+    """The same door behind its gate, which alone is asked; one for all tests of a module."""
+    with _gated(tmp_path_factory.mktemp("gated")) as (settings, listener), _serving(settings, listener) as door:
+        until(lambda: door_answers(settings), limit_s=30)
+        yield door
+
+
+@contextmanager
+def echo(home: Path) -> Iterator[LiveDoor]:
+    """A gate before what answers with the headers that it got."""
+    app = Starlette(routes=[Route("/{path:path}", lambda request: JSONResponse(request.headers.items()))])
+    with _gated(home) as (settings, listener):
+        prepare(settings)
+        store, storage = RecordStore(settings.database_url), open_storage(settings.storage_url, settings)
+        with _served(app, listener):
+            until(lambda: door_answers(settings), limit_s=30)
+            yield LiveDoor(settings, store, storage)
+
+
+@contextmanager
+def _gated(home: Path) -> Iterator[tuple[Settings, socket.socket]]:
+    """Settings of a door, and the socket that its gate brings requests to."""
+    settings = Settings.from_env({"TUNESMITH_HOME": str(home), "TUNESMITH_PORT": str(free(1)[0])})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        loop = gate.start(settings, proxy_port=listener.getsockname()[1], mark="tests")
+        try:
+            yield settings, listener
+        finally:
+            os.killpg(loop.pid, signal.SIGKILL)
+            loop.wait()
+
+
+@contextmanager
+def _serving(settings: Settings, listener: socket.socket) -> Iterator[LiveDoor]:
+    """The door of these settings, served on that socket by a thread."""
     prepare(settings)
     app = make_app(settings)
     publish_inputs(app.state.door.storage)
+    with _served(app, listener):
+        yield LiveDoor(settings, app.state.door.store, app.state.door.storage)
+
+
+@contextmanager
+def _served(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        deadline = time.monotonic() + 30
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline, "the door did not start"
-            time.sleep(0.01)
-        yield LiveDoor(settings, app.state.door.store, app.state.door.storage)
+        until(lambda: server.started or not thread.is_alive(), limit_s=30)
+        assert server.started, "the door did not start"
+        yield
     finally:
         server.should_exit = True
         thread.join()

@@ -27,7 +27,7 @@ from tunesmith import caches, processes, taken_down
 from tunesmith.clock import utc_text
 from tunesmith.errors import ConflictError, SpecError, UnavailableError
 from tunesmith.frozen import Tolerant
-from tunesmith.local import ports
+from tunesmith.local import gate, ports
 from tunesmith.settings import Settings
 
 HEAL_S = 20.0
@@ -46,7 +46,7 @@ RAY_PARTS = (
     "/log_monitor.py ",
 )
 """What the command lines of Ray's processes hold on a node that is whole."""
-DOOR_PARTS = ("ray::ServeController", "ray::ProxyActor", "ray::ServeReplica:door", "ray::ServeReplica:reconciler")
+SERVE_PARTS = ("ray::ServeController", "ray::ProxyActor", "ray::ServeReplica:door", "ray::ServeReplica:reconciler")
 """Likewise of Serve's, its controller first."""
 
 
@@ -62,6 +62,8 @@ class Platform(Tolerant):
     temp_dir: str
     settings: dict[str, str]
     started_at: str
+    proxy_port: int = 0
+    """Port on loopback of Serve's proxy, which the gate stands before; 0 where an earlier version wrote the file."""
     num_cpus: int | None = None
     object_store_memory: int | None = None
 
@@ -118,7 +120,10 @@ def _heal(settings: Settings, platform: Platform, *, door: bool, on_step: Callab
     if not door:
         return Started(platform, ray=False, door=False)
     # Where its controller lives, Serve itself starts a replica or a proxy again that was killed.
-    limit_s = HEAL_S if _has_parts(platform, DOOR_PARTS[:1]) else 0
+    limit_s = 0.0
+    if _has_parts(platform, SERVE_PARTS[:1]):
+        limit_s = HEAL_S
+        _start_gate(settings, platform)
     if _until(lambda: is_door_whole(settings, platform), limit_s=limit_s):
         return Started(platform, ray=False, door=False)
     on_step("starting the front door")
@@ -189,8 +194,8 @@ def door_answers(settings: Settings) -> bool:
 
 
 def is_door_whole(settings: Settings, platform: Platform) -> bool:
-    """Whether the door answers, and every process of Serve lives that the door and the reconciler need."""
-    return _has_parts(platform, DOOR_PARTS) and door_answers(settings)
+    """Whether the door answers, and every process lives that it and the reconciler need: the gate, and Serve's."""
+    return _has_parts(platform, (gate.LOOP, *SERVE_PARTS)) and door_answers(settings)
 
 
 def is_ray_whole(settings: Settings, platform: Platform) -> bool:
@@ -232,16 +237,19 @@ def prepare(settings: Settings) -> None:
     from tunesmith.records.store import RecordStore
     from tunesmith.storage.urls import open_storage
 
-    settings.home.mkdir(parents=True, exist_ok=True)
-    settings.home.chmod(0o700)
-    for path in (settings.api_token_path, settings.ray_token_path):
-        with suppress(FileExistsError):
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(file, "w") as out:
-                out.write(secrets.token_hex(32))
-    RecordStore(settings.database_url).migrate()
-    open_storage(settings.storage_url, settings).children("jobs")
-    caches.keep_bounds(settings)
+    with processes.private_files():
+        settings.home.mkdir(parents=True, exist_ok=True)
+        _check_home(settings)
+        settings.home.chmod(0o700)
+        for path in (settings.api_token_path, settings.ray_token_path):
+            with suppress(FileExistsError):
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(file, "w") as out:
+                    out.write(secrets.token_hex(32))
+            path.chmod(0o600)
+        RecordStore(settings.database_url).migrate()
+        open_storage(settings.storage_url, settings).children("jobs")
+        caches.keep_bounds(settings)
 
 
 def token_environment(settings: Settings) -> dict[str, str]:
@@ -258,7 +266,7 @@ def ray_environment(settings: Settings) -> dict[str, str]:
 def _start_ray(settings: Settings, num_cpus: int | None, object_store_memory: int | None) -> Platform:
     temp_dir = _make_ray_folder(settings)
     mark = secrets.token_hex(16)
-    client_port, monitor_port, dashboard_port = ports.free(3)
+    client_port, monitor_port, dashboard_port, proxy_port = ports.free(4)
     environment = _environment(settings, mark) | {
         "AUTOSCALER_METRIC_PORT": str(monitor_port),
         "DASHBOARD_METRIC_PORT": str(dashboard_port),
@@ -284,8 +292,9 @@ def _start_ray(settings: Settings, num_cpus: int | None, object_store_memory: in
     command += [f"--{name}={value}" for name, value in options.items()]
     with (settings.home / "ray.log").open("wb") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+            umask=processes.PRIVATE_UMASK,
+        )  # fmt: skip
     platform = Platform(
         pid=process.pid,
         created=psutil.Process(process.pid).create_time(),
@@ -294,6 +303,7 @@ def _start_ray(settings: Settings, num_cpus: int | None, object_store_memory: in
         temp_dir=str(temp_dir),
         settings=settings.to_env(),
         started_at=utc_text(),
+        proxy_port=proxy_port,
         num_cpus=num_cpus,
         object_store_memory=object_store_memory,
     )
@@ -312,23 +322,38 @@ def _find_podman(environment: Mapping[str, str]) -> str:
 
 def _start_door(settings: Settings, platform: Platform) -> None:
     log = settings.home / "door.log"
+    environment = _environment(settings, platform.mark)
     command = [sys.executable, "-m", "serve_app", "--address", platform.ray_address]
+    command += ["--proxy-port", str(platform.proxy_port)]
     with log.open("wb") as out:
         try:
             code = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=180, check=False,
-                env=_environment(settings, platform.mark),
+                env=environment, umask=processes.PRIVATE_UMASK,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             code = None
     if code != 0:
         how = "did not end within 180 s" if code is None else f"ended with code {code}"
         raise UnavailableError(f"the front door did not start: {' '.join(command[1:])} {how}", hint=_tail(log))
+    _start_gate(settings, platform)
     deadline = time.monotonic() + 60
     while not door_answers(settings):
         if time.monotonic() > deadline:
             raise UnavailableError(f"the front door does not answer at {settings.door_url}", hint=_tail(log))
         time.sleep(0.1)
+
+
+def _start_gate(settings: Settings, platform: Platform) -> None:
+    """Start the door's gate, unless the loop lives that keeps it running."""
+    left = {
+        process: command for process in processes_of(platform) if gate.CONFIGURATION in (command := _command(process))
+    }
+    if any(gate.LOOP in command for command in left.values()):
+        return
+    for process in left:
+        process.kill()
+    gate.start(settings, proxy_port=platform.proxy_port, mark=platform.mark)
 
 
 def _wait_for_ray(settings: Settings, platform: Platform, *, limit_s: float = 120.0) -> None:
@@ -365,6 +390,9 @@ def _environment(settings: Settings, mark: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
     return environment | settings.to_env() | ray_environment(settings) | {
         "PATH": path,
+        # In a folder that others write to, they may have made what a process means to make.
+        "TMPDIR": str(settings.ray_folder / "tmp"),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.inner_ports.guard_proxy",
         processes.PLATFORM_MARK: mark,
     }  # fmt: skip
 
@@ -380,7 +408,23 @@ def _make_ray_folder(settings: Settings) -> Path:
     if settings.ray_folder.lstat().st_uid == os.getuid() and not settings.ray_folder.is_symlink():
         settings.ray_folder.chmod(0o700)
     _check_ray_folder(settings)
+    (settings.ray_folder / "tmp").mkdir(exist_ok=True)
     return settings.ray_folder / "r"
+
+
+def _check_home(settings: Settings) -> None:
+    """SpecError where the home is somebody else's, or lies where anybody may put another in its place."""
+    if settings.home.stat().st_uid != os.getuid():
+        raise SpecError(f"the home {settings.home} belongs to somebody else", code="home_open", fields=["home"])
+    for folder in settings.home.parents:
+        mode = folder.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise SpecError(
+                f"the home {settings.home} lies in {folder}, where anybody may rename it",
+                hint="choose another home by TUNESMITH_HOME, or take the right to write from others",
+                code="home_open",
+                fields=["home"],
+            )
 
 
 def _check_ray_folder(settings: Settings) -> None:
@@ -432,9 +476,10 @@ def _end(settings: Settings, platform: Platform) -> int:
     left = processes_of(platform)
     if left:
         raise UnavailableError(f"processes that could not be ended: {', '.join(str(process.pid) for process in left)}")
-    shutil.rmtree(platform.temp_dir, ignore_errors=True)
+    for folder in (Path(platform.temp_dir), settings.ray_folder / "tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
-        Path(platform.temp_dir).parent.rmdir()
+        settings.ray_folder.rmdir()
     _state_file(settings).unlink(missing_ok=True)
     return len(ended)
 
@@ -463,8 +508,9 @@ def _tail(log: Path, lines: int = 15) -> str:
 
 @contextmanager
 def _locked(settings: Settings) -> Iterator[None]:
-    """One `up` or `down` of a home at a time."""
-    settings.home.mkdir(parents=True, exist_ok=True)
-    with (settings.home / "platform.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """One `up` or `down` of a home at a time; what it writes is its user's alone."""
+    with processes.private_files():
+        settings.home.mkdir(parents=True, exist_ok=True)
+        with (settings.home / "platform.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
