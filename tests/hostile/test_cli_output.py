@@ -217,7 +217,7 @@ def test_an_error_is_shown_whatever_it_quotes(run: Run, monkeypatch: pytest.Monk
             pass
 
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("TUNESMITH_URL", f"http://127.0.0.1:{server.server_port}")
         for command in ("models list", "datasets list"):
             done = run(*command.split())
