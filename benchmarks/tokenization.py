@@ -105,7 +105,7 @@ def _run(name: str, folder: Path, number: int, arguments: argparse.Namespace) ->
 
 
 def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
-    from trainers.text.tokenized_data import DataFile, tokenized
+    from trainers.text.tokenized_data import DataFile, encoded, tokenized
     from tunesmith.hyperparameters.checks import resolve
     from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
     from tunesmith.settings import Settings
@@ -116,12 +116,16 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
     file = DataFile.at(arguments.rows)
     tokenizer = _load_tokenizer(arguments)
     started, cpu = time.perf_counter(), _cpu_s()
+    options: dict[str, Any] = {
+        "hyperparameters": resolve(LoraHyperparameters, {**given, "max_seq_length": MAX_LENGTH}),
+        "advanced": Advanced(),
+        "training_type": "text-question-answering",
+    }
     rows = tokenized(
         [file],
-        tokenizer,
-        hyperparameters=resolve(LoraHyperparameters, {**given, "max_seq_length": MAX_LENGTH}),
-        advanced=Advanced(),
-        training_type="text-question-answering",
+        lambda: encoded([file], tokenizer, **options),
+        tokenizer="SmolLM2",
+        **options,
         storage=FolderStorage(arguments.folder),
         settings=Settings.from_env({"TUNESMITH_HOME": str(arguments.folder)}),
     )

@@ -78,7 +78,8 @@ class Settings(Frozen):
     hang_timeout_s: Seconds = 1800.0
     """A worker that makes no progress for so many seconds says where it stands and is started again."""
     isolation: Literal["bubblewrap", "none"] = "bubblewrap"
-    """How users' programs are kept apart. With `none` they run unprotected as the node's user."""
+    """How what users bring is kept apart: their programs, and the processes that read their models and data. With
+    `none` these run unprotected as the node's user."""
     program_disk_gib: Annotated[int, Field(ge=1)] = 100
     """What a user's program may write to the disk of its node in all, in GiB."""
     program_processes: Annotated[int, Field(ge=1)] = 4096

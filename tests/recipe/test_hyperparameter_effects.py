@@ -31,10 +31,12 @@ from trainers.recipe.loss import loss_sum
 from trainers.recipe.strategy import trained_parameters
 from trainers.recipe.training_loop import Hooks, Outcome, train
 from trainers.text.shards import TokenizedRows
+from trainers.text.tokenized_data import encoded
 from trainers.text_job.checkpoint_manifests import CheckpointManifests
-from trainers.text_job.job_data import load_data
+from trainers.text_job.job_data import wanted_rows
 from trainers.text_job.products import write_products
 from trainers.text_job.stored_checkpoints import upload_checkpoint
+from trainers.text_job.tokenizing import Rows
 from trainers.text_job.training_run import fit_with_restarts
 from tunesmith.assets.catalog import Manifest
 from tunesmith.assets.stored_files import describe_files
@@ -117,23 +119,32 @@ def make_job(place: Path, **given: Value) -> TextJob:
 
 
 def data(place: Path, **given: Value) -> tuple[TokenizedRows, TokenizedRows | None]:
-    """The rows to train on and those held out, as a worker makes them."""
-    folder = place / "data"
+    """The rows to train on and those held out, of the files that a worker takes; made in this process."""
+    tokenizer = tiny.make_tokenizer()
+
+    def made(rows: Rows) -> TokenizedRows:
+        options: dict[str, Any] = {"hyperparameters": rows.hyperparameters, "advanced": rows.advanced}
+        batches = encoded(rows.files, tokenizer, **options, training_type=rows.training_type, limit=rows.limit)
+        return TokenizedRows.of(batches)
+
+    rows, held_out = wanted_rows(make_job(place, **given), fetched(place, "model"), fetched(place, "data"))
+    return made(rows), None if held_out is None else made(held_out)
+
+
+def fetched(place: Path, name: str) -> Fetched:
+    folder = place / name
     manifest = Manifest(
-        kind="dataset",
-        name="data",
+        kind="dataset" if name == "data" else "model",
+        name=name,
         version=1,
         folder="files",
         files=describe_files(folder),
         created_at="",
         account="",
         job="",
-        tables={path.name: describe(path) for path in sorted(folder.iterdir())},
+        tables={path.name: describe(path) for path in sorted(folder.iterdir()) if name == "data"},
     )
-    settings = Settings.from_env({"TUNESMITH_HOME": str(place / "home")})
-    storage = FolderStorage(place / "storage")
-    made = load_data(make_job(place, **given), place / "model", Fetched(folder, manifest), storage, settings)
-    return made.rows, made.eval_rows
+    return Fetched(folder, manifest)
 
 
 def cells(rows: TokenizedRows) -> list[tuple[list[int], list[bool]]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.support.waiting import until
 from trainers.text import encoding_processes, shards, token_cache, tokenized_data
 from trainers.text.tokenized_data import DataFile, TokenizedRows, tokenize_rows
 from tunesmith.assets import tables
+from tunesmith.assets.stored_files import File, describe_files
 from tunesmith.errors import DataError, StorageError, WorkerLostError
 from tunesmith.hyperparameters.definitions import Advanced
 from tunesmith.settings import Settings
@@ -94,20 +96,29 @@ def test_rows_keep_the_order_of_their_files_however_many_make_them(
 
 def test_what_was_made_is_taken_again_without_a_look_at_the_data(tmp_path: Path, storage: Storage) -> None:
     file = DataFile.at(write(tmp_path / "a.jsonl", tiny.sums(20)))
-    options: dict[str, Any] = {
+    text: dict[str, Any] = {
         "hyperparameters": tiny.hyperparameters(),
         "advanced": tiny.advanced(),
         "training_type": "text-question-answering",
+    }
+    options: dict[str, Any] = {
+        **text,
+        "tokenizer": "a",
         "storage": storage,
         "settings": Settings.from_env({"TUNESMITH_HOME": str(tmp_path)}),
     }
-    first = tokenized_data.tokenized([file], TOKENIZER, **options)
+    encode = partial(tokenized_data.encoded, [file], TOKENIZER, **text)
+    first = tokenized_data.tokenized([file], encode, **options)
     file.path.write_text("no longer what the manifest says")
     told: list[tuple[int, int | None]] = []
-    again = tokenized_data.tokenized([file], TOKENIZER, **options, progress=lambda *said: told.append(said))
+    again = tokenized_data.tokenized([file], _never, **options, progress=lambda *said: told.append(said))
     assert content(again) == content(first)
     assert again.report == first.report
     assert told == [(20, 20)]
+
+
+def _never() -> Any:
+    pytest.fail("what is there is not made again")
 
 
 def test_the_key_is_made_of_what_decides_the_tokens_and_of_nothing_else(tmp_path: Path) -> None:
@@ -117,8 +128,17 @@ def test_the_key_is_made_of_what_decides_the_tokens_and_of_nothing_else(tmp_path
         files: list[DataFile] | None = None, tokenizer: Any = TOKENIZER, limit: int | None = None, **given: Any
     ) -> str:
         advanced = {name: given.pop(name) for name in Advanced.model_fields if name in given}
-        config = encoding_processes.EncodingConfig(tokenizer, tiny.hyperparameters(**given), tiny.advanced(**advanced))
-        return tokenized_data.cache_key(files or [file], config, training_type="text-question-answering", limit=limit)
+        tokenizer.save_pretrained(tmp_path / "model")
+        (tmp_path / "model" / "model.safetensors").write_bytes(os.urandom(8))
+        (tmp_path / "model" / "README.md").write_bytes(os.urandom(8))
+        return tokenized_data.cache_key(
+            files or [file],
+            tokenized_data.tokenizer_key(describe_files(tmp_path / "model")),
+            hyperparameters=tiny.hyperparameters(**given),
+            advanced=tiny.advanced(**advanced),
+            training_type="text-question-answering",
+            limit=limit,
+        )
 
     same = [
         key(),
@@ -144,6 +164,30 @@ def test_the_key_is_made_of_what_decides_the_tokens_and_of_nothing_else(tmp_path
         key(max_seq_length=65),
     ]
     assert len({same[0], *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_templates/tools.jinja",
+        "additional_chat_templates/tools.jinja",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "config.json",
+    ],
+)
+def test_another_file_that_a_tokenizer_is_loaded_from_is_another_key(name: str) -> None:
+    def key(sha256: str) -> str:
+        return tokenized_data.tokenizer_key([File(path=name, size_bytes=1, sha256=sha256)])
+
+    assert key("a") != key("b")
+    assert key("a") != tokenized_data.tokenizer_key([])
 
 
 NO_TOKENS = {
@@ -191,8 +235,14 @@ def test_another_text_of_a_module_that_decides_the_tokens_is_another_key(
     module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key() -> str:
-        config = encoding_processes.EncodingConfig(TOKENIZER, tiny.hyperparameters(), tiny.advanced())
-        return tokenized_data.cache_key([], config, training_type="text-question-answering", limit=None)
+        return tokenized_data.cache_key(
+            [],
+            "a",
+            hyperparameters=tiny.hyperparameters(),
+            advanced=tiny.advanced(),
+            training_type="text-question-answering",
+            limit=None,
+        )
 
     before, source = key(), tokenized_data._source
     monkeypatch.setattr(tokenized_data, "_source", lambda name: source(name) + (b"#" if name == module else b""))
@@ -334,6 +384,7 @@ from pathlib import Path
 from tests.support.tokenizing import build
 from trainers.text import tokenized_data
 from tunesmith.assets import tables
+from tunesmith.assets.stored_files import File, describe_files
 from tunesmith.storage.folder import FolderStorage
 
 tables._BLOCK_BYTES, tokenized_data.PARALLEL_BYTES, tokenized_data.PROGRESS_S = 2000, 0, 0.0

@@ -45,16 +45,17 @@ from pathlib import Path
 from tests.support import tiny
 from trainers.text.audit import CHECKED_ROWS, audit
 from trainers.recipe.training_loop import Hooks, train
-from trainers.text.tokenized_data import DataFile, first_examples, tokenized
+from trainers.text.tokenized_data import DataFile, encoded, first_examples, tokenized
 from tunesmith.settings import Settings
 from tunesmith.storage.folder import FolderStorage
 
 path, root, home, processes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 tokenizer, file = tiny.make_word_tokenizer(), DataFile.at(path)
 options = {"hyperparameters": tiny.hyperparameters(), "advanced": tiny.advanced()}
+text = {**options, "training_type": "text-question-answering"}
 rows = tokenized(
-    [file], tokenizer, **options, training_type="text-question-answering", storage=FolderStorage(root),
-    settings=Settings.from_env({"TUNESMITH_HOME": home}), processes=processes,
+    [file], lambda: encoded([file], tokenizer, **text, processes=processes), tokenizer="words", **text,
+    storage=FolderStorage(root), settings=Settings.from_env({"TUNESMITH_HOME": home}),
 )
 assert len(rows) == file.rows
 examples = first_examples([file], options["hyperparameters"], "text-question-answering", CHECKED_ROWS)

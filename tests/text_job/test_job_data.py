@@ -14,7 +14,6 @@ from trainers.attempt.stop_watch import StoppedError, StopWatch
 from trainers.text import tokenized_data
 from trainers.text_job.job_data import prepare
 from trainers.text_job.training_run import run_training
-from tunesmith.assets import tables
 from tunesmith.assets.catalog import Manifest, publish
 from tunesmith.assets.stored_files import describe_files
 from tunesmith.assets.tables import describe
@@ -95,7 +94,6 @@ def test_what_the_audit_refuses_never_gets_a_worker_and_its_report_is_kept(setti
 
 def test_a_job_stops_while_its_rows_are_tokenised(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenized_data, "PROGRESS_S", 0.0)
-    monkeypatch.setattr(tables, "_BLOCK_BYTES", 500)
     attempt, job = attempt_on(ROWS, settings, deadline=time.time() - 1)
     with pytest.raises(StoppedError, match="time_limit"):
         prepare(attempt, job)
@@ -111,7 +109,6 @@ def test_a_run_that_is_stopped_before_its_first_step_says_so(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenized_data, "PROGRESS_S", 0.0)
-    monkeypatch.setattr(tables, "_BLOCK_BYTES", 500)
     attempt, job = attempt_on(ROWS, settings)
     attempts.request_stop(attempt.storage, job.id)
     attempt.stop.look()

@@ -37,6 +37,8 @@ from tunesmith.settings import Settings
 
 LOOK_S = 0.25
 """Between two calls of what listens."""
+END_S = 2.0
+"""What a reader has to end by itself once it has answered."""
 MAX_LINE_BYTES = 4 << 20
 MAX_PAYLOAD_BYTES = 512 << 20
 MAX_LINES = 10_000_000
@@ -140,6 +142,7 @@ def stream(
         (given / "request.json").write_text(reading.request.model_dump_json(), encoding="utf-8")
         with _running(reading, given, own, temporary, settings) as child:
             answer = yield from _listened(child, reading, told, listen)
+            child.program.wait(END_S)
         take(own)
         return answer
 

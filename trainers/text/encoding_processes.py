@@ -32,6 +32,14 @@ WINDOW = 3
 logger = logging.getLogger(__name__)
 
 
+class HelperLostError(WorkerLostError):
+    """A process that tokenises has ended before its time."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"a process that tokenises ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
 @dataclass(frozen=True)
 class EncodingConfig:
     """What rows are encoded with. It can be pickled."""
@@ -164,7 +172,7 @@ class _Helper:
             answer = pickle.load(self._out)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             code = self._process.wait()
-            raise WorkerLostError(f"a process that tokenises ended with exit code {code}") from error
+            raise HelperLostError(code) from error
         if isinstance(answer, Exception):
             raise answer
         batch: Batch = answer
@@ -176,6 +184,13 @@ class _Helper:
         for stream in (self._in, self._out):
             with suppress(OSError):
                 stream.close()
+
+
+def block_name(task: EncodingTask) -> str:
+    """Where a block lies, for messages."""
+    block, _ = task
+    first = block.parsed[0][0] if block.parsed else block.first
+    return f"{place(block.path, first)} and what follows it"
 
 
 def serve() -> None:
@@ -195,6 +210,12 @@ def serve() -> None:
                 answer = encode_block(task, encoder, config)
             except TunesmithError as error:
                 answer = error
+            except MemoryError:
+                answer = DataError(
+                    f"{block_name(task)}: a template or the tokenizer takes more memory than it may have",
+                    hint="look at the model's chat template, or shorten the row",
+                    code="too_much_memory",
+                )
             except Exception as error:
                 logger.exception("a block could not be encoded")
                 answer = TunesmithError(f"a block could not be encoded: {type(error).__name__}: {error}")

@@ -18,6 +18,8 @@ from tunesmith.frozen import Frozen
 from tunesmith.jobs.audit_report import AuditCounts
 from tunesmith.text.tokenization import Encoded
 
+MAX_VOCABULARY = 1 << 24
+"""No model has as many tokens."""
 SHARD_BYTES = 256 << 20
 """A shard is closed once it holds so much."""
 
@@ -40,7 +42,6 @@ class Batch:
     def of(cls, encoded: Sequence[Encoded], *, read: int, skipped: int) -> Batch:
         lengths = np.fromiter((len(row.ids) for row in encoded), np.int64, len(encoded))
         trained = np.concatenate([row.trained for row in encoded]) if encoded else np.zeros(0, np.bool_)
-        classes, rows = np.unique(1 << np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), return_counts=True)
         counts = AuditCounts(
             read=read,
             rows=len(encoded),
@@ -53,7 +54,7 @@ class Batch:
             tokens=int(lengths.sum()),
             trained_tokens=int(trained.sum()),
             longest=int(lengths.max(initial=0)),
-            lengths=dict(zip(classes.tolist(), rows.tolist(), strict=True)),
+            lengths=_classes(lengths),
         )
         return cls(
             counts,
@@ -61,6 +62,40 @@ class Batch:
             np.concatenate([np.asarray(row.ids, np.int32) for row in encoded]) if encoded else np.zeros(0, np.int32),
             np.packbits(trained, bitorder="little"),
         )
+
+    def to_bytes(self) -> bytes:
+        """The arrays, one behind the other."""
+        return self.offsets.tobytes() + self.ids.tobytes() + self.trained.tobytes()
+
+    @classmethod
+    def of_bytes(cls, counts: AuditCounts, data: bytes) -> Batch:
+        """What `to_bytes` gave of a batch of so many rows and tokens. ValueError where it has another length."""
+        rows, tokens = counts.rows, counts.tokens
+        if min(rows, tokens) < 0 or len(data) != 4 * (rows + 1) + 4 * tokens + -(-tokens // 8):
+            raise ValueError(f"{len(data)} bytes are not {rows} rows of {tokens} tokens")
+        offsets = np.frombuffer(data, np.int32, rows + 1)
+        ids = np.frombuffer(data, np.int32, tokens, 4 * (rows + 1))
+        return cls(counts, offsets, ids, np.frombuffer(data, np.uint8, offset=4 * (rows + 1 + tokens)))
+
+    def check(self, *, longest: int) -> None:
+        """Raise ValueError where a process that is not trusted has made what no rows are.
+
+        `longest`: how many tokens a row may have.
+        """
+        counts, offsets = self.counts, self.offsets.astype(np.int64)
+        lengths = offsets[1:] - offsets[:-1]
+        if self.offsets[0] != 0 or self.offsets[-1] != counts.tokens or lengths.min(initial=0) < 0:
+            raise ValueError("its rows do not lie one behind the other")
+        if lengths.max(initial=0) > longest:
+            raise ValueError(f"it has rows of more than {longest} tokens")
+        if self.ids.min(initial=0) < 0 or self.ids.max(initial=0) >= MAX_VOCABULARY:
+            raise ValueError("it has ids that no token has")
+        parts = (counts.truncated, counts.untrained, counts.answer_cut, counts.ended, counts.spelled_out)
+        trained = int(np.unpackbits(self.trained, count=counts.tokens, bitorder="little").sum())
+        known = (counts.read - counts.skipped, counts.trained_tokens, counts.longest, counts.lengths)
+        seen = (counts.rows, trained, lengths.max(initial=0), _classes(lengths))
+        if known != seen or min(*parts, counts.skipped) < 0 or max(parts) > counts.rows:
+            raise ValueError("its counts are not those of its rows")
 
     def arrow(self) -> Any:
         offsets = pa.py_buffer(self.offsets)
@@ -75,6 +110,12 @@ class Batch:
             )
         ]
         return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+
+
+def _classes(lengths: npt.NDArray[np.int64]) -> dict[int, int]:
+    """How many rows there are of each class of lengths."""
+    classes, rows = np.unique(1 << np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), return_counts=True)
+    return dict(zip(classes.tolist(), rows.tolist(), strict=True))
 
 
 class Shard(Frozen):
@@ -142,11 +183,11 @@ class TokenizedRows:
             self.lengths[start : start + part.rows] = np.diff(part.offsets[0 : part.rows + 1])
 
     @classmethod
-    def of(cls, batches: Iterable[Batch]) -> TokenizedRows:
-        """Rows that are held in memory."""
+    def of(cls, batches: Iterable[Batch], counts: AuditCounts | None = None) -> TokenizedRows:
+        """Rows that are held in memory; `counts` where they are the first of more."""
         kept = list(batches)
         parts = [_Part(batch.counts.rows, batch.offsets, batch.ids, batch.trained) for batch in kept]
-        return cls(parts, sum((batch.counts for batch in kept), AuditCounts()))
+        return cls(parts, counts or sum((batch.counts for batch in kept), AuditCounts()))
 
     @classmethod
     def open(cls, paths: Sequence[Path], counts: AuditCounts) -> TokenizedRows:
@@ -176,6 +217,18 @@ class TokenizedRows:
         first = start // 8
         unpacked = np.unpackbits(part.trained[first : -(-end // 8)], bitorder="little")
         return unpacked[start - 8 * first : end - 8 * first].view(np.bool_)
+
+    def first(self, limit: int) -> Batch:
+        """The first rows, at most `limit`; of their counts, those of rows and tokens alone."""
+        rows = range(min(limit, len(self)))
+        lengths = self.lengths[: len(rows)].astype(np.int64)
+        trained = np.concatenate([self.trained(row) for row in rows] or [np.zeros(0, np.bool_)])
+        return Batch(
+            AuditCounts(read=len(rows), rows=len(rows), tokens=int(lengths.sum())),
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+            np.concatenate([self.ids(row) for row in rows] or [np.zeros(0, np.int32)]),
+            np.packbits(trained, bitorder="little"),
+        )
 
     def _find(self, row: int) -> tuple[_Part, int, int]:
         if not 0 <= row < len(self.lengths):

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +22,7 @@ from trainers.text.encoding_processes import EncodingConfig, EncodingTask, encod
 from trainers.text.shards import Batch, TokenizedRows
 from trainers.text.token_cache import TokenCache
 from tunesmith import caches
-from tunesmith.assets.stored_files import hash_file
+from tunesmith.assets.stored_files import File, hash_file
 from tunesmith.assets.tables import Block, Row, describe, place, read_blocks, read_rows
 from tunesmith.errors import DataError
 from tunesmith.hyperparameters.definitions import EncodingAdvanced, EncodingHyperparameters
@@ -37,6 +37,9 @@ FORMAT = 1
 PARALLEL_BYTES = 16 << 20
 """Files that are smaller in all are encoded in this process: others would take as long to start."""
 PROGRESS_S = 3.0
+
+_NO_TOKENIZER = (".safetensors", ".index.json", ".md", ".bin", ".gguf", ".pt", ".py")
+"""How files end that no tokenizer is loaded from."""
 
 _CODE = (
     "tunesmith.text.tokenization",
@@ -70,40 +73,65 @@ class DataFile:
         return cls(path, hash_file(path), table.columns, table.rows)
 
 
+Encode = Callable[[], Generator[Batch, None, None]]
+"""Begins to make the batches of some files, in their order."""
+
+
 def tokenized(
     files: Sequence[DataFile],
-    tokenizer: Any,
+    encode: Encode,
     *,
+    tokenizer: str,
     hyperparameters: EncodingHyperparameters,
     advanced: EncodingAdvanced,
     training_type: str,
     storage: Storage,
     settings: Settings,
     limit: int | None = None,
-    processes: int | None = None,
     progress: Progress | None = None,
 ) -> TokenizedRows:
-    """The rows of `files` in their order, at most `limit`, from the cache or made now by `processes` (default: cores).
+    """The rows of `files` in their order, at most `limit`, from the cache, or made now by `encode`.
 
+    `tokenizer`: a hash of the tokenizer's files, see `tokenizer_key`.
     On one node one builder works at a time, and the others wait for its rows; a killed builder leaves no lock. Raises
     DataError where no row is left, or with the file and line of a row that is not what it must be.
     """
-    config = EncodingConfig(tokenizer, hyperparameters, advanced)
-    key = cache_key(files, config, training_type=training_type, limit=limit)
-    tasks = _tasks(files, config, training_type)
-    small = limit is not None or sum(file.path.stat().st_size for file in files) < PARALLEL_BYTES
-    processes = 1 if small else processes or len(os.sched_getaffinity(0))
-    encoded = encode_here(tasks, config, limit) if processes == 1 else encode_in_processes(tasks, config, processes)
+    key = cache_key(
+        files,
+        tokenizer,
+        hyperparameters=hyperparameters,
+        advanced=advanced,
+        training_type=training_type,
+        limit=limit,
+    )
     known = [file.rows for file in files]
     total = sum(filter(None, known)) if None not in known else None
     cache = TokenCache(storage, settings.home / "cache" / "tokenized", key)
-    with closing(encoded):
-        rows = cache.rows(_checked(_told(encoded, progress, total)))
+    with closing(_begun(encode)) as batches:
+        rows = cache.rows(_checked(_told(batches, progress, total)))
     if cache.has_added:
         caches.keep_bounds(settings)
     if progress is not None:
         progress(rows.report.read, rows.report.read)
     return rows
+
+
+def encoded(
+    files: Sequence[DataFile],
+    tokenizer: Any,
+    *,
+    hyperparameters: EncodingHyperparameters,
+    advanced: EncodingAdvanced,
+    training_type: str,
+    limit: int | None = None,
+    processes: int | None = None,
+) -> Generator[Batch, None, None]:
+    """The batches of `files` in their order, at most `limit` rows, made by `processes` (default: cores)."""
+    config = EncodingConfig(tokenizer, hyperparameters, advanced)
+    tasks = _tasks(files, config, training_type)
+    small = limit is not None or sum(file.path.stat().st_size for file in files) < PARALLEL_BYTES
+    processes = 1 if small else processes or len(os.sched_getaffinity(0))
+    return encode_here(tasks, config, limit) if processes == 1 else encode_in_processes(tasks, config, processes)
 
 
 def first_examples(
@@ -133,28 +161,45 @@ def tokenize_rows(
     return TokenizedRows.of(_checked(encode_here([task], config, limit)))
 
 
-def cache_key(files: Sequence[DataFile], config: EncodingConfig, *, training_type: str, limit: int | None) -> str:
+def cache_key(
+    files: Sequence[DataFile],
+    tokenizer: str,
+    *,
+    hyperparameters: EncodingHyperparameters,
+    advanced: EncodingAdvanced,
+    training_type: str,
+    limit: int | None,
+) -> str:
     """A hash of everything that decides which tokens come out."""
-    backend = hashlib.sha256(config.tokenizer.backend_tokenizer.to_str().encode())
     parts = {
         "format": FORMAT,
         "code": [hashlib.sha256(_source(module)).hexdigest() for module in _CODE],
         "versions": [importlib.metadata.version(package) for package in ("tokenizers", "transformers")],
-        "tokenizer": [
-            type(config.tokenizer).__name__,
-            backend.hexdigest(),
-            config.tokenizer.special_tokens_map,
-            [getattr(config.tokenizer, f"add_{name}_token", None) for name in ("bos", "eos")],
-            getattr(config.tokenizer, "split_special_tokens", None),
-        ],
-        "template": config.tokenizer.chat_template,
-        "hyperparameters": config.hyperparameters.model_dump(include={*EncodingHyperparameters.model_fields}),
-        "advanced": config.advanced.model_dump(include={*EncodingAdvanced.model_fields}),
+        "tokenizer": tokenizer,
+        "hyperparameters": hyperparameters.model_dump(include={*EncodingHyperparameters.model_fields}),
+        "advanced": advanced.model_dump(include={*EncodingAdvanced.model_fields}),
         "training_type": training_type,
         "files": [(file.sha256, file.path.suffix.lower(), list(file.columns)) for file in files],
         "limit": limit,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def tokenizer_key(files: Iterable[File]) -> str:
+    """A hash of a model's files that its tokenizer and its chat template may be loaded from, which nobody parses.
+
+    What is no weight and no document counts, in the model's folder and in those of further templates: a file too many
+    costs tokens that are made again, one too few would take another model's.
+    """
+    counted = sorted((file.path, file.sha256) for file in files if _decides_tokens(file.path))
+    return hashlib.sha256(json.dumps(counted).encode()).hexdigest()
+
+
+def _decides_tokens(path: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    if folder not in ("", "chat_templates", "additional_chat_templates"):
+        return False
+    return not name.endswith(_NO_TOKENIZER) and name not in ("generation_config.json", "LICENSE")
 
 
 def _source(module: str) -> bytes:
@@ -182,6 +227,12 @@ def _examples(
         for number, row in enumerate(read_rows(file.path), start=1):
             if (example := turns(row, row_format, hyperparameters, place(file.path, number))) is not None:
                 yield example
+
+
+def _begun(encode: Encode) -> Generator[Batch, None, None]:
+    """The batches, made once somebody asks for the first."""
+    with closing(encode()) as batches:
+        yield from batches
 
 
 def _told(batches: Iterator[Batch], progress: Progress | None, total: int | None) -> Iterator[Batch]:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from typing import Any
 
 from trainers.attempt.fetch import fetch
-from trainers.text.audit import CHECKED_ROWS, audit
-from trainers.text.tokenized_data import first_examples, tokenized
-from trainers.text_job.job_data import data_files
-from tunesmith.assets.model_references import check_references
+from trainers.text_job.tokenizing import Rows, Work, audited_rows, data_files
 from tunesmith.clock import utc_text
 from tunesmith.errors import SpecError, TunesmithError
 from tunesmith.jobs.audit_report import AuditReport
@@ -39,24 +36,10 @@ def audit_order(spec: TrainSpec | RegisterSpec, settings: Settings, *, limit: in
         raise SpecError("only what a training job would train can be audited", fields=["kind"])
     model = fetch(storage, "model", job.model, settings)
     dataset = fetch(storage, "dataset", job.dataset, settings)
-    # Only now: it takes seconds to import, and an order may be refused before.
-    from transformers import AutoTokenizer
-
-    check_references(model.folder)
-    tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
     files = data_files(dataset, training_files(dataset.manifest.tables, job.hyperparameters))
-    options: dict[str, Any] = {"hyperparameters": job.hyperparameters, "advanced": job.advanced}
-    rows = tokenized(
-        files,
-        tokenizer,
-        **options,
-        training_type=job.training_type,
-        storage=storage,
-        settings=settings,
-        limit=limit,
-    )
-    examples = first_examples(files, job.hyperparameters, job.training_type, CHECKED_ROWS)
-    return audit(rows, examples, tokenizer, **options, model=job.model, dataset=job.dataset)
+    rows = Rows(model, files, job.hyperparameters, job.advanced, job.training_type, limit)
+    processes = len(os.sched_getaffinity(0))
+    return audited_rows(rows, Work(storage, settings, processes=processes), job.dataset)[1]
 
 
 def main() -> int:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from trainers.attempt.cluster_work import Needs, run_on_cluster
+from trainers.attempt.cluster_work import Needs, Tell, run_on_cluster
 from trainers.attempt.context import Attempt
 from trainers.attempt.fetch import Fetched, fetch
-from trainers.text.audit import CHECKED_ROWS, audit, refuse
+from trainers.text.audit import refuse
 from trainers.text.shards import TokenizedRows
-from trainers.text.tokenized_data import PARALLEL_BYTES, DataFile, Progress, first_examples, tokenized
+from trainers.text.tokenized_data import PARALLEL_BYTES, DataFile
+from trainers.text_job.tokenizing import Rows, Work, audited_rows, data_files, tokenized_rows
 from tunesmith.assets.catalog import get_manifest
 from tunesmith.assets.model_references import check_references
 from tunesmith.jobs.audit_report import AuditReport
@@ -44,43 +43,30 @@ class Data:
     eval_rows: TokenizedRows | None
 
 
-def data_files(dataset: Fetched, names: Iterable[str]) -> list[DataFile]:
-    """The named data files of a dataset."""
-    hashes = {file.path: file.sha256 for file in dataset.manifest.files}
-    tables = dataset.manifest.tables
-    return [DataFile(dataset.folder / name, hashes[name], tables[name].columns, tables[name].rows) for name in names]
+def load_data(job: TextJob, model: Fetched, dataset: Fetched, work: Work) -> Data:
+    """The job's rows out of the cache of tokenised data, and the tokenizer, for a worker that trains on them.
 
-
-def load_data(
-    job: TextJob,
-    model_folder: Path,
-    dataset: Fetched,
-    storage: Storage,
-    settings: Settings,
-    *,
-    processes: int | None = None,
-    progress: Progress | None = None,
-) -> Data:
-    """The job's rows out of the cache of tokenised data, which is filled where they are not there."""
+    Where they are not there any more, a reader makes them again.
+    """
     from transformers import AutoTokenizer
 
-    check_references(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
+    rows, eval_rows = wanted_rows(job, model, dataset)
+    found = tokenized_rows(rows, work)
+    eval_found = None if eval_rows is None else tokenized_rows(eval_rows, work)
+    check_references(model.folder)
+    tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
+    eval_files = [] if eval_rows is None else list(eval_rows.files)
+    return Data(tokenizer, list(rows.files), found, eval_files, eval_found)
+
+
+def wanted_rows(job: TextJob, model: Fetched, dataset: Fetched) -> tuple[Rows, Rows | None]:
+    """The rows to train on, and those held out."""
     h = job.hyperparameters
-    options: dict[str, Any] = {
-        "hyperparameters": h,
-        "advanced": job.advanced,
-        "training_type": job.training_type,
-        "storage": storage,
-        "settings": settings,
-    }
     files = data_files(dataset, training_files(dataset.manifest.tables, h))
-    rows = tokenized(files, tokenizer, **options, processes=processes, progress=progress)
+    rows = Rows(model, files, h, job.advanced, job.training_type)
     if h.test_data_file is None:
-        return Data(tokenizer, files, rows, [], None)
-    eval_files = data_files(dataset, [h.test_data_file])
-    eval_rows = tokenized(eval_files, tokenizer, **options, limit=h.max_eval_samples)
-    return Data(tokenizer, files, rows, eval_files, eval_rows)
+        return rows, None
+    return rows, replace(rows, files=data_files(dataset, [h.test_data_file]), limit=h.max_eval_samples)
 
 
 def prepare(attempt: Attempt, job: TextJob) -> None:
@@ -123,33 +109,25 @@ class Read:
     total: int | None
 
 
-def _prepare(job: TextJob, root: str, settings: Settings, cpus: int, tell: Callable[[str | Read], None]) -> AuditReport:
+def _prepare(job: TextJob, root: str, settings: Settings, cpus: int, tell: Tell) -> AuditReport:
     """Fill the cache and audit; tells phases and progress. The tokens are in storage at its end."""
     storage = open_patiently(root, settings)
     tell("fetch")
-    base = fetch(storage, "model", job.model, settings)
+    model = fetch(storage, "model", job.model, settings)
     dataset = fetch(storage, "dataset", job.dataset, settings)
     tell("tokenize")
-    processes = min(cpus, len(os.sched_getaffinity(0)))
-    data = load_data(
-        job,
-        base.folder,
-        dataset,
+    work = Work(
         storage,
         settings,
-        processes=processes,
+        processes=min(cpus, len(os.sched_getaffinity(0))),
+        listen=tell.check,
         progress=lambda rows, total: tell(Read(rows, total)),
     )
-    tell("audit")
-    return audit(
-        data.rows,
-        first_examples(data.files, job.hyperparameters, job.training_type, CHECKED_ROWS),
-        data.tokenizer,
-        hyperparameters=job.hyperparameters,
-        advanced=job.advanced,
-        model=job.model,
-        dataset=job.dataset,
-    )
+    rows, eval_rows = wanted_rows(job, model, dataset)
+    if eval_rows is not None:
+        tokenized_rows(eval_rows, replace(work, progress=None))
+    _, report = audited_rows(rows, replace(work, begins_audit=lambda: tell("audit")), job.dataset)
+    return report
 
 
 def _needs(storage: Storage, job: TextJob) -> Needs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ from trainers.text_job.job_data import Data, load_data
 from trainers.text_job.products import write_products
 from trainers.text_job.report_channel import KEY
 from trainers.text_job.stored_checkpoints import checkpoint_copy
+from trainers.text_job.tokenizing import Work
 from trainers.text_job.watchdog import Watchdog, end_hung
 from trainers.text_job.worker_task import WorkerTask
 from tunesmith.clock import utc_text
@@ -63,9 +65,10 @@ class TextRun:
         job = task.job
         self._task, self._job, self._worker, self._storage = task, job, worker, storage
         torch.set_num_threads(max(1, int(job.resources.get("CPU", 1))))
-        self._base = fetch(storage, "model", job.model, settings).folder
+        model = fetch(storage, "model", job.model, settings)
+        self._base = model.folder
         dataset = fetch(storage, "dataset", job.dataset, settings)
-        self._data = load_data(job, self._base, dataset, storage, settings)
+        self._data = load_data(job, model, dataset, Work(storage, settings, len(os.sched_getaffinity(0))))
         self._held_out = _held_out(self._data, job)
         self._uploads = Uploads(storage, job_id=job.id, attempt=task.attempt, keep=job.advanced.save_total_limit)
         self._reports = _Reports(worker, self._uploads)

@@ -158,13 +158,23 @@ class Template:
             text: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, TypeError) as error:
+        except MemoryError:
             raise DataError(
-                f"the model's chat template does not take these turns: {error}",
+                "the model's chat template takes more memory than it may have",
                 hint=_OWN_TEMPLATES,
-                code="template_refuses",
+                code="too_much_memory",
             ) from None
+        except TemplateError as error:
+            raise _refuses(str(error)) from None
+        except Exception as error:  # noqa: BLE001 - a template is a program: it raises what it likes
+            raise _refuses(f"{type(error).__name__}: {error}") from None
         return text
+
+
+def _refuses(why: str) -> DataError:
+    return DataError(
+        f"the model's chat template does not take these turns: {why}", hint=_OWN_TEMPLATES, code="template_refuses"
+    )
 
 
 def answer_span(asked: str, answered: str) -> str:
