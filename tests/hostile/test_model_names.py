@@ -99,6 +99,7 @@ OUTSIDE += [
     "~/x\u202e",
 ]
 OUTSIDE += ["x" * 256, "file:///etc/passwd", "\\\\host\\share", "\ud800", 7, ["a"], {"a": 1}, True, "gone.safetensors"]
+DEEP = "[" * 900 + "]" * 900
 OPENED: dict[str, Callable[[Path], None]] = {
     **{f"index {str(name)[:30]!a}": in_index(name) for name in OUTSIDE},
     "another index": write("pytorch_model.bin.index.json", '{"weight_map": {"a": "../secret/pytorch_model.bin"}}'),
@@ -106,6 +107,9 @@ OPENED: dict[str, Callable[[Path], None]] = {
     "an index that is a list": in_file(INDEX, weight_map=[FIRST]),
     "an index that is no JSON": write(INDEX, "{"),
     "an index of depths": write(INDEX, "[" * 5000),
+    "a name of 900 levels": write(INDEX, f'{{"weight_map": {{"a": {DEEP}}}}}'),
+    "a file of 900 levels": write("tokenizer_config.json", f'{{"a_file": {DEEP}}}'),
+    "config files of 900 levels": write("config.json", f'{{"configuration_files": {{"a": {DEEP}}}}}'),
     "an index that is a link": link(INDEX, f"../secret/{INDEX}"),
     "a part that is a link": link(FIRST, f"../secret/{FIRST}"),
     "a part that is a pipe": fifo,

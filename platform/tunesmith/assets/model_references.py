@@ -65,7 +65,7 @@ def _shards(index: Mapping[str, Any], file: str) -> list[Given] | None:
         return None
     if not isinstance(found, Mapping) or not found:
         raise _wrong(f"{file} has no weight_map, an object that names the file of each weight")
-    once = {name if isinstance(name, str) else json.dumps(name): (weight, name) for weight, name in found.items()}
+    once = {name if isinstance(name, str) else id(name): (weight, name) for weight, name in found.items()}
     return [(f"weight_map of {visible(weight, limit=200)!s}", name) for weight, name in once.values()]
 
 
@@ -112,7 +112,7 @@ class _Module(str):
 
 def _each(key: str, value: object) -> Iterator[Given]:
     if value is not None and not isinstance(value, list):
-        raise _wrong(f"{key} must be a list of names of files, got {visible(repr(value), limit=200)}")
+        raise _wrong(f"{key} must be a list of names of files, got a {type(value).__name__}")
     yield from ((key, each) for each in value or ())
 
 
@@ -123,7 +123,9 @@ def _check(folder: Path, file: str, where: str, *, name: object, present: Collec
     """ModelError where `name`, given at `where` in `file`, is not the plain name of a regular file in the folder."""
     if name is None:
         return
-    said = f"{file}: {where} names {visible(repr(name), limit=200)}"
+    # Of lists in lists nothing is spelled out.
+    given = visible(repr(name), limit=200) if isinstance(name, str) else f"a {type(name).__name__}"
+    said = f"{file}: {where} names {given}"
     why = name_fault(name) if isinstance(name, str) else "is no text"
     if why is not None:
         raise _wrong(f"{said}, which {why}", hint=f"only files beside {file} may be named; {ALLOWED}")

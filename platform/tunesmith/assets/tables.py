@@ -16,6 +16,7 @@ from typing import Any
 
 from tunesmith.assets.catalog import Table
 from tunesmith.assets.json_array import ArrayError, read_array
+from tunesmith.bounds import MAX_COLUMN
 from tunesmith.errors import DataError
 
 Row = dict[str, Any]
@@ -23,8 +24,7 @@ Row = dict[str, Any]
 MAX_ROW_BYTES = 16 << 20
 """A row is held in memory whole; one that is longer is refused."""
 MAX_COLUMNS = 1000
-MAX_COLUMN_CHARACTERS = 1000
-"""Of a column's name: manifests and messages hold them all."""
+"""Manifests and messages hold the names of them all."""
 
 _BLOCK_BYTES = 1 << 20
 _BLOCK_ROWS = 4096
@@ -183,9 +183,9 @@ def _check_columns(path: Path, names: Collection[str]) -> None:
     if len(names) > MAX_COLUMNS:
         raise _wrong(path, f"it has more than {MAX_COLUMNS} columns")
     longest = max(names, key=len, default="")
-    if len(longest) > MAX_COLUMN_CHARACTERS:
+    if len(longest) > MAX_COLUMN:
         what = f"it has a column whose name has {len(longest):,} characters, {longest[:40]!r} and so on"
-        raise _wrong(path, f"{what}; allowed are {MAX_COLUMN_CHARACTERS:,}")
+        raise _wrong(path, f"{what}; allowed are {MAX_COLUMN:,}")
 
 
 def _check_header(path: Path, header: list[str]) -> None:

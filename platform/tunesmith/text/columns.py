@@ -7,6 +7,7 @@ from typing import Literal
 
 from tunesmith.errors import DataError, nearest
 from tunesmith.hyperparameters.definitions import EncodingHyperparameters
+from tunesmith.visible_text import visible
 
 RowFormat = Literal["prompt_response", "messages", "sharegpt", "alpaca", "context_target", "text"]
 
@@ -70,7 +71,7 @@ def _by_columns(
 def _missing(name: str, columns: Sequence[str], hyperparameters: EncodingHyperparameters, file: str) -> DataError:
     wanted = str(getattr(hyperparameters, name))
     return DataError(
-        f"{file} has no column {wanted!r}; it has {', '.join(columns)}",
+        f"{file} has no column {wanted!r}; it has {visible(', '.join(columns), limit=2000)}",
         fields=[f"hyperparameters.{name}"],
         hint=nearest(wanted, columns) or f"set {name} to one of the file's columns",
         code="missing_column",
