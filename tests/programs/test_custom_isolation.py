@@ -94,7 +94,7 @@ def paths_of(running: Running, job_id: str) -> list[str]:
     """The platform's secrets and records, and another job's folder and products."""
     settings, storage = running.settings, running.storage
     names = [settings.home, settings.home / "records.db", settings.api_token_path, settings.ray_token_path]
-    names += [settings.home / "runs", Path(settings.ray_temp_dir), Path.home(), Path("/etc/passwd"), Path("/root")]
+    names += [settings.home / "runs", Path(settings.ray_temp_dir), Path.home(), Path("/etc/shadow"), Path("/root")]
     names += [storage.local_path(key) for key in (f"jobs/{job_id}", f"jobs/{job_id}/job.json", "models", "datasets")]
     found = [path for path in names if path is not None and path.exists()]
     assert len(found) >= 10, found

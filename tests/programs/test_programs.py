@@ -100,7 +100,7 @@ def test_sigterm_reaches_the_program_and_not_its_orphans(tmp_path: Path, isolati
 def test_a_program_is_refused_too_many_processes(tmp_path: Path, isolation: str) -> None:
     group = cgroups.make("probe", tasks=1)
     if group is not None:
-        cgroups.remove(group)
+        group.remove()
     elif os.geteuid() == 0 or isolation == "none":
         pytest.skip("nothing but the look at its processes limits them here")
     code = (
@@ -205,15 +205,14 @@ def test_no_variable_of_the_platform_reaches_a_program(tmp_path: Path) -> None:
 def test_a_program_writes_only_where_it_may(tmp_path: Path) -> None:
     code = (
         "import os\n"
-        "for p in ('/usr/x', '/x', os.path.dirname(os.getcwd()) + '/x', 'x', '/tmp/x'):\n"
+        "for p in ('/usr/x', '/x', 'x', '/tmp/x'):\n"
         "    try: open(p, 'w'); print('yes')\n"
         "    except OSError: print('no')\n"
         "open('big', 'wb').write(b'1' * 10_000_000)\n"
     )
     with running(tmp_path, code, largest=1 << 20) as program:
         said = read_out(program)
-    # What is above its folder lies in the room's own /tmp.
-    assert said.split()[:5] == ["no", "no", "yes", "yes", "yes"]
+    assert said.split()[:4] == ["no", "no", "yes", "yes"]
     assert not (tmp_path / "x").exists()
     assert "File too large" in said
     assert (tmp_path / "out" / "big").stat().st_size <= 1 << 20

@@ -14,7 +14,8 @@ from typing import IO
 
 import psutil
 
-from trainers.isolation.bubblewrap import IsolationError, find_bubblewrap
+from trainers.isolation.bubblewrap import IsolationError, find_bubblewrap, find_program
+from trainers.isolation.owner import own_user
 from tunesmith import processes
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "HCCL_SOCKET_IFNAME": "lo"}
@@ -31,7 +32,11 @@ class OwnNetwork:
 
     def entrance(self) -> list[str]:
         """The words before a command that run it on this network."""
-        return ["nsenter", f"--user={self.user}", f"--net={self.network}", "--preserve-credentials", "--"]
+        # Named in full: the search path of a program begins with folders that its packages have filled.
+        entrance = [find_program("nsenter"), f"--net={self.network}"]
+        if own_user() is None:
+            entrance += [f"--user={self.user}", "--preserve-credentials"]
+        return [*entrance, "--"]
 
 
 @contextmanager

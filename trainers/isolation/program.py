@@ -18,7 +18,7 @@ from typing import IO, cast
 
 import psutil
 
-from trainers.isolation import cgroups
+from trainers.isolation.cgroups import Group
 from tunesmith import processes
 from tunesmith.jobs.attempts import attempt_name
 
@@ -37,7 +37,7 @@ class Launch:
     """Folders that it may fill."""
     temporary: Path | None = None
     """Its `/tmp`."""
-    group: Path | None = None
+    group: Group | None = None
     """The control group that it is in; it is removed after the program has ended."""
     is_contained: bool = True
     """Whether all that it begins ends with its first process."""
@@ -85,6 +85,7 @@ class Program:
         finally:
             os.close(stdin)
         self._cpu: dict[int, psutil.Process] = {}
+        self._memory_ran_out = False
 
     @property
     def output(self) -> IO[bytes]:
@@ -117,6 +118,15 @@ class Program:
                 rss += process.memory_info().rss
         return Sample(cpu, rss, tasks)
 
+    def memory_bytes(self) -> int | None:
+        """The memory that the kernel counts for it, wherever it holds it; None where the kernel does not count."""
+        return self.launch.group.memory_bytes() if self.launch.group is not None else None
+
+    def memory_ran_out(self) -> bool:
+        """Whether the kernel has ended one of its processes because of its memory; known after its end as well."""
+        group = self.launch.group
+        return self._memory_ran_out or (group is not None and group.memory_ran_out())
+
     def tree(self) -> list[psutil.Process]:
         """Its processes, with bubblewrap's own."""
         try:
@@ -147,7 +157,8 @@ class Program:
             os.close(self._lifeline)
             self._lifeline = -1
         if self.launch.group is not None:
-            cgroups.remove(self.launch.group)
+            self._memory_ran_out = self._memory_ran_out or self.launch.group.memory_ran_out()
+            self.launch.group.remove()
 
     def __enter__(self) -> Program:
         return self

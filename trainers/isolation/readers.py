@@ -313,7 +313,7 @@ def _death(child: _Child, reading: Reading[Any]) -> TunesmithError:
     child.program.end()
     tail = child.tail()
     last = tail[-1] if tail else "none"
-    if last.startswith("bwrap: "):
+    if last.startswith(("bwrap: ", "setpriv: ", "tunesmith: ")):
         return IsolationError(f"{reading.name} could not begin: {last}")
     if code == 128 + 9:
         return OutOfMemoryError(

@@ -77,14 +77,26 @@ class Usage:
                 hint="start fewer at a time; the operator sets TUNESMITH_PROGRAM_PROCESSES",
                 code="too_many_processes",
             )
-        taken = _memory_bytes(self._pids(), sample.rss_bytes, limits.memory_bytes)
+        self.check_memory()
+        taken = self._program.memory_bytes()
+        if taken is None:
+            taken = _memory_bytes(self._pids(), sample.rss_bytes, limits.memory_bytes)
         if taken > limits.memory_bytes:
-            raise OutOfMemoryError(
-                f"{limits.name} takes {taken >> 20} MiB of memory, all its processes and its shared memory together; "
-                f"flavor {limits.flavor} has {limits.memory_bytes >> 20}",
-                hint="use less at a time, or choose a larger flavor",
-            )
+            raise self._out_of_memory(f"takes {taken >> 20} MiB of memory")
         return sample
+
+    def check_memory(self) -> None:
+        """Also after the program has ended. Raises OutOfMemoryError where the kernel ended one of its processes."""
+        if self._program.memory_ran_out():
+            raise self._out_of_memory("took more memory than the kernel lets it have")
+
+    def _out_of_memory(self, what: str) -> OutOfMemoryError:
+        limits = self._limits
+        return OutOfMemoryError(
+            f"{limits.name} {what}, all its processes and its shared memory together; "
+            f"flavor {limits.flavor} has {limits.memory_bytes >> 20} MiB",
+            hint="use less at a time, or choose a larger flavor",
+        )
 
     def check_disk(self) -> None:
         """To be called after the program has ended. Raises SpecError where it has left too much on the disk."""

@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.isolation import outputs, sandbox
+from trainers.isolation import outputs, owner, sandbox
 from trainers.isolation.program import Program
 from trainers.isolation.sandbox import Room
+from trainers.programs.pip_settings import pip_settings
 from trainers.programs.program_log import ProgramLog
 from tunesmith import caches
 from tunesmith.errors import SpecError
@@ -30,7 +31,6 @@ from tunesmith.settings import Settings
 
 LOCK = "requirements.lock"
 MAX_REPORT_BYTES = 64 << 20
-_PIP_CONFIGURATION = Path("/etc/pip.conf")
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ def own_environment(
     settings: Settings,
     log: ProgramLog,
     watch: Callable[[Program], None],
+    memory_bytes: int | None = None,
 ) -> Environment:
     """The environment for this requirements.txt, built where no job of the account has built it on this node before.
 
-    `watch` waits for the installation's end and raises what keeps it from going on. SpecError where it fails.
+    `watch` waits for the installation's end and raises what keeps it from going on; `memory_bytes` is what the kernel
+    lets it hold. SpecError where it fails.
     What runs in the installation writes to the environment, so nothing in there is opened through a link.
     """
     if not requirements.is_file() or not requirements.read_text(encoding="utf-8-sig").strip():
@@ -65,7 +67,7 @@ def own_environment(
     with locked(folder.with_suffix(".lock")):
         if not (folder / LOCK).is_file():
             try:
-                _build(folder, requirements, settings=settings, log=log, watch=watch)
+                _build(folder, requirements, settings=settings, log=log, watch=watch, memory_bytes=memory_bytes)
             except BaseException:
                 outputs.remove(folder)
                 raise
@@ -77,7 +79,13 @@ def own_environment(
 
 
 def _build(
-    folder: Path, requirements: Path, *, settings: Settings, log: ProgramLog, watch: Callable[[Program], None]
+    folder: Path,
+    requirements: Path,
+    *,
+    settings: Settings,
+    log: ProgramLog,
+    watch: Callable[[Program], None],
+    memory_bytes: int | None,
 ) -> None:
     outputs.remove(folder)
     packages, source, temporary = (folder / name for name in ("packages", "source", "tmp"))
@@ -88,19 +96,23 @@ def _build(
     # What lies beside the requirements may be a package's source, which is built where it lies.
     shutil.copytree(requirements.parent, source)
     temporary.mkdir()
+    pip = pip_settings()
+    for host in pip.logins_dropped:
+        log.write(f"pip is not given the login of this node for {host}: every package could read it".encode())
     # The program's own folder is written to, so pip lies in the platform's, where it cannot be changed.
     command = [str(packages / "bin" / "python"), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     command += ["--no-cache-dir", "--no-color", "--progress-bar", "off"]
     command += ["--report", str(packages / "report.json"), "-r", requirements.name]
     room = Room(
-        readable=[_PIP_CONFIGURATION] if _PIP_CONFIGURATION.exists() else [],
+        readable=pip.readable,
         writable=[packages, source],
         temporary=temporary,
         network="node",
         resources={},
         largest_file_bytes=settings.program_disk_gib << 30,
+        memory_bytes=memory_bytes,
     )
-    program = Program(sandbox.launch(command, cwd=source, room=room, variables={}, settings=settings))
+    program = Program(sandbox.launch(command, cwd=source, room=room, variables=pip.variables, settings=settings))
     with log.following(program):
         watch(program)
         code = program.exit_code()
@@ -112,6 +124,7 @@ def _build(
         )
     for left in (source, temporary):
         outputs.remove(left)
+    owner.take_back([packages])
     partial = folder / f"{LOCK}.partial"
     partial.write_text(lock(packages))
     partial.replace(folder / LOCK)

@@ -25,8 +25,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trainers.isolation import sandbox
-from trainers.isolation.bubblewrap import IsolationError, find_bubblewrap
+from trainers.isolation import node_files, sandbox
+from trainers.isolation.bubblewrap import IsolationError, find_bubblewrap, find_program
+from trainers.isolation.cgroups import MEMORY_MARGIN
 from trainers.isolation.networks import OwnNetwork
 from trainers.isolation.program import Launch, Program
 from trainers.isolation.sandbox import Room
@@ -39,8 +40,6 @@ from tunesmith.errors import SpecError
 from tunesmith.settings import Settings
 
 MAX_PROCESSES = 16384
-MEMORY_MARGIN = 1.1
-"""The kernel's limit as a share of the flavor's memory: higher, because the check twice a second explains more."""
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -276,7 +275,7 @@ def _run(
     run += [f"--volume={path}:{path}:ro,nosuid,nodev" for path in room.readable]
     run += [f"--volume={path}:{path}:rw,nosuid,nodev" for path in room.writable]
     run += [f"--volume={room.temporary}:/tmp:rw,nosuid,nodev"]
-    run += [f"--device={path}" for path in sandbox.devices(room)]
+    run += [f"--device={path}" for path in node_files.devices(room.resources)]
     run += [f"--env={name}={text}" for name, text in sandbox.common_variables(room, home="/tmp").items()]
     return [*run, *options, *target]
 
@@ -286,7 +285,9 @@ def _entrance(podman: Podman, room: Room) -> list[str]:
     if not isinstance(room.network, OwnNetwork):
         return []
     # Where podman is root on the node, it stays so.
-    return ["nsenter", f"--net={room.network.network}", "--"] if podman.cgroups else room.network.entrance()
+    return (
+        [find_program("nsenter"), f"--net={room.network.network}", "--"] if podman.cgroups else room.network.entrance()
+    )
 
 
 def _launch(
@@ -421,7 +422,7 @@ def _source(url: str, model: Path, settings: Settings) -> str:
 
 def _fetching(settings: Settings) -> dict[str, str]:
     """The variables that podman gets while it fetches an image."""
-    given = {name: os.environ[name] for name in (*_FETCHING, *sandbox.CERTIFICATES) if name in os.environ}
+    given = {name: os.environ[name] for name in (*_FETCHING, *node_files.CERTIFICATES) if name in os.environ}
     keys = settings.home / "registries.json"
     return {**given, **({"REGISTRY_AUTH_FILE": str(keys)} if keys.is_file() else {})}
 

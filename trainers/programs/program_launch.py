@@ -53,7 +53,14 @@ def find_place(
     """
     gallery, requirements = base.manifest.gallery, base.folder / FOLDER / REQUIREMENTS
     if gallery is None or gallery.image_url is None:
-        return own_environment(requirements, account=worker.job.account, settings=settings, log=log, watch=watch)
+        return own_environment(
+            requirements,
+            account=worker.job.account,
+            settings=settings,
+            log=log,
+            watch=watch,
+            memory_bytes=get_flavor(worker.job.flavor).memory_gib << 30,
+        )
     if requirements.is_file():
         log.write(b"requirements.txt is not installed: the image holds what the program needs")
     return images.fetch_image(gallery.image_url, model=base.folder, settings=settings, log=log, watch=watch)
@@ -64,6 +71,7 @@ def launch_program(
 ) -> Launch:
     """How the program is started; its metrics file is `metrics_path`, its output `output/` of the run's folder."""
     folder, model = worker.folder(settings), inputs.base.folder
+    memory_bytes = get_flavor(worker.job.flavor).memory_gib << 30
     own = [place.folder] if isinstance(place, Environment) and place.folder is not None else []
     room = Room(
         readable=[model, inputs.dataset.folder, *own],
@@ -72,6 +80,7 @@ def launch_program(
         network=network,
         resources=worker.job.resources,
         largest_file_bytes=settings.program_disk_gib << 30,
+        memory_bytes=memory_bytes,
     )
     variables, cwd = _variables(worker, inputs, network, settings), model / FOLDER
     if isinstance(place, Environment):
@@ -85,7 +94,7 @@ def launch_program(
         variables=variables,
         image=place,
         folder=folder / CONTAINER,
-        memory_bytes=get_flavor(worker.job.flavor).memory_gib << 30,
+        memory_bytes=memory_bytes,
         settings=settings,
     )
     return replace(launch, mark=worker.mark)

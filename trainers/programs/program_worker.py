@@ -162,6 +162,8 @@ class _Run:
                 time.sleep(LOOK_S)
             code = program.exit_code()
         images.remove_cgroups(self._folder / CONTAINER)
+        if code != 0 and reason is None:
+            usage.check_memory()
         yield self._look(None, metrics, log)
         while metrics.has_more and self._stop.reason is None:
             yield self._look(None, metrics, log)
@@ -243,6 +245,8 @@ class _Run:
                 usage.check()
                 self._stop.check()
                 time.sleep(LOOK_S / 2)
+        if program.exit_code() != 0:
+            usage.check_memory()
         usage.check_disk()
 
     @contextmanager
