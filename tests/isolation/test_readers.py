@@ -188,7 +188,7 @@ def test_a_reader_sees_nothing_of_the_home(settings: Settings, name: str) -> Non
     assert secret.read_text() == "secret"
 
 
-@pytest.mark.parametrize("path", ["/home", "/etc/passwd", "/etc/shadow", "/var/log", "/run", "/sys"])
+@pytest.mark.parametrize("path", ["/home", "/etc/gshadow", "/etc/shadow", "/var/log", "/run", "/sys"])
 def test_a_reader_sees_nothing_of_the_nodes_own_files(settings: Settings, path: str) -> None:
     assert read(settings, "lists_a_path" if Path(path).is_dir() else "reads_a_path", path=Path(path)) == "well"
 
