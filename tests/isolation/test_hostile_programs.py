@@ -3,128 +3,34 @@
 import errno
 import json
 import os
-import platform
-import secrets
 import shutil
-import socket
-import stat
 import subprocess
 import sys
 import sysconfig
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import hostile_program
-from trainers.isolation import sandbox
+from tests.isolation import hostile_program
+from tests.isolation.hostile_rooms import SYSTEM_CALLS, Outside, outside, run_in_room, settings_of
 from trainers.isolation.networks import own_network
 from trainers.isolation.program import Program
-from trainers.isolation.sandbox import Network, Room
-from trainers.isolation.system_calls import MACHINES, REFUSED
+from trainers.isolation.system_calls import REFUSED
 from trainers.programs.environments import own_environment
 from trainers.programs.program_log import ProgramLog
-from tunesmith.settings import Settings
 from tunesmith.storage.folder import FolderStorage
 from tunesmith.storage.segments import SegmentWriter
 
-MACHINE = platform.machine()
-KERNEL_FILES = [path for path in hostile_program.WRITE_FILES if path.startswith("/proc/sys/")]
-LARGEST = 1 << 30
-SYSTEM_CALLS = {
-    name: numbers[MACHINES[MACHINE].column]
-    for name, numbers in REFUSED.items()
-    if numbers[MACHINES[MACHINE].column] is not None
-}
 NOT_ON_THE_NODES_NETWORK = {"a port of the node", "an abstract socket of the node"}
 """Workers on several nodes, and pip, have the nodes' network; what listens there asks for tokens."""
 NOT_FOR_AN_ORDINARY_USER = {
     # The first process of the room is the program's own user there, and has no more than it: bubblewrap's.
     "trace the first process",
 }
-
-
-@dataclass(frozen=True)
-class Outside:
-    """A place outside of the room, with things that a program looks for."""
-
-    folder: Path
-    port: int
-    abstract: str
-    shm: str
-
-    def told(self) -> dict[str, Any]:
-        """What a program is told of it."""
-        home = self.folder / "home"
-        return {
-            "inputs": str(self.folder / "inputs"),
-            "output": str(self.folder / "output"),
-            "paths": [str(path) for path in (home, home / "api_token", self.folder / "other", Path.home() / ".bashrc")]
-            + ["/boot", "/srv"],
-            "port": self.port,
-            "abstract": self.abstract,
-            "shm": self.shm,
-            "pid": os.getpid(),
-            "largest": LARGEST,
-            "system_calls": SYSTEM_CALLS,
-        }
-
-    def state(self) -> dict[str, Any]:
-        """What no program may change."""
-        files = sorted(path for name in ("inputs", "home", "other") for path in (self.folder / name).rglob("*"))
-        found: dict[str, Any] = {
-            str(path): (path.lstat().st_mode, path.lstat().st_mtime_ns, path.is_file() and path.read_bytes())
-            for path in files
-        }
-        for path in map(Path, KERNEL_FILES):
-            if path.exists() and os.access(path, os.R_OK) and path.stat().st_mode & stat.S_IRUSR:
-                found[str(path)] = path.read_bytes()
-        return {**found, "hostname": socket.gethostname(), "oom": Path("/proc/self/oom_score_adj").read_text()}
-
-
-@contextmanager
-def outside(folder: Path) -> Iterator[Outside]:
-    for name in ("inputs", "output", "tmp", "home", "other"):
-        (folder / name).mkdir(mode=0o700)
-    for path in ("inputs/weights.bin", "home/api_token", "other/secret"):
-        (folder / path).write_text("s3cret")
-        (folder / path).chmod(0o600)
-    name = f"tunesmith-{secrets.token_hex(8)}"
-    shared = Path("/dev/shm", name)
-    shared.touch()
-    with (
-        socket.create_server(("127.0.0.1", 0)) as server,
-        socket.socket(socket.AF_UNIX) as abstract,
-    ):
-        abstract.bind(f"\0{name}")
-        abstract.listen()
-        try:
-            yield Outside(folder, server.getsockname()[1], name, name)
-        finally:
-            shared.unlink()
-
-
-def settings_of(folder: Path) -> Settings:
-    return Settings.from_env({"TUNESMITH_HOME": str(folder / "home")})
-
-
-def run_in_room(place: Outside, network: Network) -> dict[str, str]:
-    """What comes of all tries in the room of a train.py."""
-    folder = place.folder
-    program = Path(hostile_program.__file__)
-    room = Room([folder / "inputs", program], [folder / "output"], folder / "tmp", network, {"CPU": 1}, LARGEST)
-    command = [sys.executable, str(program), json.dumps(place.told())]
-    launch = sandbox.launch(command, cwd=folder / "inputs", room=room, variables={}, settings=settings_of(folder))
-    with Program(launch) as running:
-        said = running.output.read().decode()
-    assert said.startswith("{"), said
-    results: dict[str, str] = json.loads(said)
-    return results
 
 
 BACKEND = """
@@ -173,7 +79,7 @@ def run_in_pips_room(place: Outside, patch: pytest.MonkeyPatch) -> dict[str, str
 
 ORDINARY = """
 import json, pathlib, sys
-from tests.isolation.test_hostile_programs import Outside, run_in_room
+from tests.isolation.hostile_rooms import Outside, run_in_room
 print(json.dumps(run_in_room(Outside(pathlib.Path(sys.argv[1]), *json.loads(sys.argv[2])), "none")))
 """
 
