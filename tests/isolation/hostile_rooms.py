@@ -45,7 +45,10 @@ class Outside:
         return {
             "inputs": str(self.folder / "inputs"),
             "output": str(self.folder / "output"),
-            "paths": [str(path) for path in (home, home / "api_token", self.folder / "other", Path.home() / ".bashrc")]
+            "paths": [
+                str(path)
+                for path in (home / "api_token", home / "storage", self.folder / "other", Path.home() / ".bashrc")
+            ]
             + ["/boot", "/srv"],
             "port": self.port,
             "abstract": self.abstract,
@@ -57,7 +60,10 @@ class Outside:
 
     def state(self) -> dict[str, Any]:
         """What no program may change."""
-        files = sorted(path for name in ("inputs", "home", "other") for path in (self.folder / name).rglob("*"))
+        # Environments of jobs are made in the home's caches.
+        names = ("inputs", "home/storage", "other")
+        files = sorted(path for name in names for path in (self.folder / name, *(self.folder / name).rglob("*")))
+        files.append(self.folder / "home" / "api_token")
         found: dict[str, Any] = {
             str(path): (path.lstat().st_mode, path.lstat().st_mtime_ns, path.is_file() and path.read_bytes())
             for path in files
@@ -70,7 +76,7 @@ class Outside:
 
 @contextmanager
 def outside(folder: Path) -> Iterator[Outside]:
-    for name in ("inputs", "output", "tmp", "home", "other"):
+    for name in ("inputs", "output", "tmp", "home", "home/storage", "other"):
         (folder / name).mkdir(mode=0o700)
     for path in ("inputs/weights.bin", "home/api_token", "other/secret"):
         (folder / path).write_text("s3cret")
@@ -91,7 +97,7 @@ def outside(folder: Path) -> Iterator[Outside]:
 
 
 def settings_of(folder: Path) -> Settings:
-    return Settings.from_env({"TUNESMITH_HOME": str(folder / "home")})
+    return Settings.from_env({"TUNESMITH_HOME": str(folder / "home"), "TUNESMITH_PROGRAM_DISK_GIB": "1"})
 
 
 def run_in_room(place: Outside, network: Network) -> dict[str, str]:
