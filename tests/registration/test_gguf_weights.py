@@ -1,6 +1,7 @@
 """GGUF files become folders that stock transformers loads, or a sentence that says why not."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from trainers.registration.gguf_weights import convert
+from trainers.registration.model_check import check_language_model
 from tunesmith.errors import ModelError
+from tunesmith.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +101,15 @@ def test_a_missing_package_is_named_with_what_installs_it(tmp_path: Path, monkey
     with pytest.raises(ModelError, match="package gguf") as refusal:
         convert(file, tmp_path / "out")
     assert refusal.value.hint == "pip install 'tunesmith[demo]'"
+
+
+@pytest.mark.soak
+def test_a_reader_within_the_walls_puts_safetensors_in_the_files_place(gguf_file: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    shutil.copyfile(gguf_file, source / "model.gguf")
+    settings = Settings.from_env({"TUNESMITH_HOME": str(tmp_path / "home")})
+    found = check_language_model(source, settings=settings)
+    assert found["architecture"] == "LlamaForCausalLM"
+    names = {path.name for path in source.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= names and "model.gguf" not in names

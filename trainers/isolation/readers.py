@@ -228,6 +228,8 @@ def _running(reading: Reading[Any], given: Path, own: Path, temporary: Path, set
         network="none",
         resources={"CPU": limits.cpus},
         largest_file_bytes=limits.file_bytes,
+        # Of all its processes together, and of memory that belongs to none of them.
+        memory_bytes=limits.memory_bytes * (limits.cpus + 1),
     )
     variables = {
         MEMORY_BYTES: str(limits.memory_bytes),
