@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+_CONNECTIONS = Path("/proc/self/net/tcp")
 _ESTABLISHED = "01"
 
 _add_port = replica.add_port_to_grpc_server
@@ -27,7 +28,8 @@ def guard_proxy() -> list[Middleware]:
 
     Serve calls it in its proxy's process before that listens: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
     """
-    HTTP_PROTOCOLS["auto"] = f"{__name__}:OwnUserProtocol"
+    if _CONNECTIONS.exists():  # on Linux
+        HTTP_PROTOCOLS["auto"] = f"{__name__}:OwnUserProtocol"
     return []
 
 
@@ -48,8 +50,11 @@ class OwnUserProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 def is_own(transport: asyncio.Transport) -> bool:
     """Whether a process of this user holds the other end of a connection over loopback; never where that is unsure."""
     socket = transport.get_extra_info("socket")
-    mine, theirs = (_as_proc_has_it(name) for name in (socket.getsockname(), socket.getpeername()))
-    rows = (line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:])
+    try:
+        mine, theirs = (_as_proc_has_it(name) for name in (socket.getsockname(), socket.getpeername()))
+        rows = [line.split() for line in _CONNECTIONS.read_text().splitlines()[1:]]
+    except OSError:  # it is gone already
+        return False
     # A closed end has no owner any more, and is shown as root's.
     return any(row[1:4] == [theirs, mine, _ESTABLISHED] and int(row[7]) == os.getuid() for row in rows)
 
