@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import socket
 import statistics
 import tempfile
@@ -186,6 +187,8 @@ def _running(kind: Callable[[Flood], None], settings: Settings) -> Iterator[None
 
 
 def _flood(kind: Callable[[Flood], None], settings: Settings, ended: Event) -> None:
+    # As from another machine: it takes no more of this one's processors than the door leaves.
+    os.nice(10)
     threads = [threading.Thread(target=kind, args=(Flood(settings, ended),)) for _ in range(THREADS)]
     for thread in threads:
         thread.start()
@@ -196,13 +199,15 @@ def _flood(kind: Callable[[Flood], None], settings: Settings, ended: Event) -> N
 def measure(settings: Settings, seconds: float, watched: Callable[[], int]) -> tuple[list[float], int, int]:
     """Waits of a good client in seconds, how many of its requests failed, and the most memory of the door in bytes."""
     headers = {"Authorization": f"Bearer {settings.api_token_path.read_text().strip()}"}
+    url = f"{settings.door_url}/v1/jobs"
     waits: list[float] = []
     failed, memory = 0, watched()
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         began = time.monotonic()
         try:
-            answer = httpx.get(f"{settings.door_url}/v1/jobs", headers=headers, timeout=30, trust_env=False)
+            # verify: making ready for TLS, which is not spoken here, would take more time than the answer.
+            answer = httpx.get(url, headers=headers, timeout=30, trust_env=False, verify=False)
             failed += answer.status_code != 200
         except httpx.HTTPError:
             failed += 1
