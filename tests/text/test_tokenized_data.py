@@ -193,7 +193,9 @@ def test_another_file_that_a_tokenizer_is_loaded_from_is_another_key(name: str) 
 NO_TOKENS = {
     "trainers.text.shards",  # has a number of its own, FORMAT
     "tunesmith.assets.catalog",  # what a manifest says of a file
+    "tunesmith.bounds",  # what goes beyond one is refused, and never changed
     "tunesmith.errors",
+    "tunesmith.visible_text",  # of messages
     "tunesmith.hyperparameters.definitions",  # the values themselves are part of the key
 }
 """Modules of ours that encoding imports and that leave the tokens as they are."""

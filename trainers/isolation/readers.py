@@ -34,6 +34,7 @@ from tunesmith import caches
 from tunesmith.errors import DataError, ModelError, OutOfMemoryError, SpecError, TunesmithError
 from tunesmith.frozen import Frozen
 from tunesmith.settings import Settings
+from tunesmith.visible_text import visible
 
 LOOK_S = 0.25
 """Between two calls of what listens."""
@@ -173,7 +174,7 @@ class _Child:
         """The last lines of stderr, after its end."""
         self._errors.join(5)
         text = b"".join(self._tail)[-TAIL_BYTES:].decode(errors="replace")
-        return [shown for line in text.strip().splitlines() if (shown := _shown(line, 500))]
+        return [shown for line in text.strip().splitlines() if (shown := visible(line, limit=500))]
 
     def _take(self, output: IO[bytes]) -> None:
         try:
@@ -293,8 +294,9 @@ def _listened(
 
 
 def _refusal(said: _Refusal, reading: Reading[Any]) -> TunesmithError:
-    fields = [_shown(field, 200) for field in said.fields[:20]]
-    message, hint = _shown(said.message, 4000), _shown(said.hint, 1000) if said.hint else None
+    fields = [visible(field, limit=200) for field in said.fields[:20]]
+    message = visible(said.message, lines=True, limit=4000)
+    hint = visible(said.hint, lines=True, limit=1000) if said.hint else None
     if said.kind == MemoryError.__name__:
         return _too_large(reading, message)
     if said.kind in _FAULTS:
@@ -374,12 +376,3 @@ def _packages(place: str) -> list[Path]:
 def _python() -> str:
     """The interpreter by a path that the room has: not by a link to its environment."""
     return str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)
-
-
-def _shown(text: str, length: int) -> str:
-    """`text` without control characters, and no longer."""
-    text = "".join(
-        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-        for character in text
-    )
-    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"
