@@ -290,3 +290,19 @@ print({{"torch", "transformers"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["LlamaForCausalLM", "set()"]
+
+
+def test_a_model_whose_index_names_files_outside_is_refused_and_publishes_nothing(
+    storage: Storage, settings: Settings, model_source: Path, tmp_path: Path
+) -> None:
+    """The weights would be those of another folder of the node."""
+    folder = Path(shutil.copytree(model_source, tmp_path / "model"))
+    (folder / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "other.safetensors").write_bytes(b"")
+    result = register(storage, settings, "model", folder)
+    assert (result.outcome, result.reason) == ("failed", "user_error")
+    assert result.message is not None
+    assert "model.safetensors.index.json: weight_map of lm_head.weight names '../model-00001" in result.message
+    assert list(storage.entries("models")) == []
