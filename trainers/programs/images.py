@@ -31,6 +31,7 @@ from trainers.isolation.cgroups import MEMORY_MARGIN
 from trainers.isolation.networks import OwnNetwork
 from trainers.isolation.program import Launch, Program
 from trainers.isolation.sandbox import Room
+from trainers.isolation.system_calls import NEW_NAMESPACES, REFUSED
 from trainers.programs.environments import locked
 from trainers.programs.program_log import ProgramLog
 from tunesmith import caches, processes
@@ -45,8 +46,6 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CGROUPS = Path("/sys/fs/cgroup")
 _SECCOMP = ("/etc/containers/seccomp.json", "/usr/share/containers/seccomp.json")
 _SHARED_MEMORY = "8g"
-_NEW_NAMESPACES = 0x7E020000
-"""The flags of clone(2) that make a namespace."""
 _FETCHING = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 """Variables of the node that podman itself needs to fetch an image; no program gets them."""
 
@@ -370,15 +369,15 @@ def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _seccomp() -> dict[str, Any]:
-    """The node's profile of system calls for containers, without those that make namespaces."""
+    """The node's profile of system calls for containers, without what other programs are refused as well."""
     path = next((Path(each) for each in _SECCOMP if Path(each).is_file()), None)
     if path is None:
         raise _no_podman(f"there is none of {', '.join(_SECCOMP)}")
     profile: dict[str, Any] = json.loads(path.read_bytes())
     for rule in profile["syscalls"]:
-        rule["names"] = [name for name in rule["names"] if name not in ("clone", "clone3", "unshare")]
+        rule["names"] = [name for name in rule["names"] if name not in (*REFUSED, "clone", "unshare")]
     profile["syscalls"] = [rule for rule in profile["syscalls"] if rule["names"]]
-    no_new = {"index": 0, "value": _NEW_NAMESPACES, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}
+    no_new = {"index": 0, "value": NEW_NAMESPACES & ~0xFF, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}
     profile["syscalls"] += [
         {"names": ["clone"], "action": "SCMP_ACT_ALLOW", "args": [no_new]},
         {"names": ["unshare"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1},
