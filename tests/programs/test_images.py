@@ -17,6 +17,8 @@ from unittest import mock
 import psutil
 import pytest
 
+from tests.isolation import hostile_program
+from tests.isolation.hostile_rooms import SYSTEM_CALLS
 from tests.support import galleries
 from trainers.isolation.bubblewrap import IsolationError
 from trainers.isolation.networks import own_network
@@ -277,6 +279,36 @@ def test_sigterm_reaches_a_program_in_an_image_and_its_memory_is_seen(store: tup
         assert program.sample().rss_bytes > 300 * MIB
         program.terminate()
         assert _ended(program) == 7
+
+
+HOSTILE = ("call ", "write /proc/sys", "write /sys", "unshare", "clone into", "input: ")
+"""Tries that mean in an image what they mean in other rooms; an image has its own files of the system, and its root."""
+
+
+def test_hostile_programs_in_an_image_are_refused_what_others_are(store: tuple[Place, Image]) -> None:
+    place, image = store
+    shutil.copyfile(hostile_program.__file__, place.model / "tries.py")
+    told = {
+        "inputs": str(place.model),
+        "output": str(place.output),
+        "paths": [str(place.settings.home)] * 6,
+        "system_calls": SYSTEM_CALLS,
+        "port": 1,
+        "abstract": "none",
+        "shm": "none",
+        "pid": os.getpid(),
+        "largest": 100 * MIB,
+    }
+    before = (place.model / "weights.bin").stat(), Path("/proc/sys/kernel/core_pattern").read_bytes()
+    with Program(place.launch(["python3", str(place.model / "tries.py"), json.dumps(told)], image)) as program:
+        said = program.output.read().decode()
+    assert said.startswith("{"), said
+    results = json.loads(said)
+    images.remove_cgroups(place.container)
+    tried = {name: came for name, came in results.items() if name.startswith(HOSTILE)}
+    assert len(tried) > 100
+    assert {name: came for name, came in tried.items() if came.startswith("got")} == {}
+    assert ((place.model / "weights.bin").stat(), Path("/proc/sys/kernel/core_pattern").read_bytes()) == before
 
 
 def test_sigterm_ends_a_program_that_does_not_care_for_it(store: tuple[Place, Image]) -> None:
