@@ -39,20 +39,21 @@ def name_fault(name: str) -> str | None:
     return "is a path, not the name of a file" if "/" in name else path_fault(name)
 
 
-def collision(paths: Iterable[str]) -> tuple[str, str] | None:
-    """Two of the paths that cannot lie beside each other everywhere; None where all can.
+def collision(paths: Iterable[str], *, folds: bool) -> tuple[str, str] | None:
+    """Two of the paths that cannot lie beside each other in a file system; None where all can.
 
-    Either they are one to a file system that tells no capitals apart, or that composes characters; or one is the
-    folder of the other, which a bucket may hold and a folder cannot.
+    One is the folder of the other, which a bucket may hold and a folder cannot; or, where the file system folds names,
+    they are one to it.
     """
     known: dict[str, str] = {}
     paths = sorted(paths)
+    seen = folded if folds else str
     for path in paths:
-        other = known.setdefault(folded(path), path)
+        other = known.setdefault(seen(path), path)
         if other != path:
             return other, path
     for path in paths:
-        parts = folded(path).split("/")
+        parts = seen(path).split("/")
         for end in range(1, len(parts)):
             above = known.get("/".join(parts[:end]))
             if above is not None:

@@ -29,11 +29,13 @@ OUTSIDE = [
     "a\x7f", "\x9b2J", "\u202egpj.exe", "a\u2066b", "a\u200bb", "a\u2028b", "x" * 256, "é" * 128, "a/" + "x" * 256,
     "/".join(["d" * 200] * 6), ".partial-0", "a/.partial-0/b",
 ]  # fmt: skip
-PAIRS = [
+FOLDED = [
     ("A", "a"), ("data/Train.csv", "data/train.CSV"), ("caf\u00e9", "cafe\u0301"), ("Stra\u00dfe", "STRASSE"),
-    ("a", "a/b"), ("a/b", "a/b/c/d"), ("A", "a/b"), ("A/x", "a/X"), ("\u212a", "k"), ("\ufb01", "fi"),
+    ("A", "a/b"), ("A/x", "a/X"), ("\u212a", "k"), ("\ufb01", "fi"),
 ]  # fmt: skip
-"""Names of which one would take the other's place, somewhere."""
+"""Names that are one to a file system that folds them."""
+PAIRS = [("a", "a/b"), ("a/b", "a/b/c/d")]
+"""Names of which one would take the other's place, anywhere."""
 
 
 class Listing(ThreadingHTTPServer):
@@ -121,7 +123,7 @@ def test_two_names_of_which_one_hides_the_other_are_refused(
         take("s3://theirs", settings_for(listing.url, tmp_path / "home"), tmp_path / "out")
     assert caught.value.code == "invalid_key"
     assert all(repr(name) in caught.value.message for name in pair)
-    assert (tree(tmp_path), listing.asked_for) == (set(), [])
+    assert (tree(tmp_path), listing.asked_for) == ({"out"}, [])
 
 
 def test_a_bucket_with_good_keys_is_taken(listing: Listing, tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_the_roots_own_prefix_counts_for_the_length_of_a_key(listing: Listing, t
 
 
 LOCAL = [
-    [b"a\\b"], [b"a\nb"], [b"\x1b[2J"], [b"\xff\xfe"], [b".partial-0"], [b"A", b"a"], [b"caf\xc3\xa9", b"cafe\xcc\x81"],
+    [b"a\\b"], [b"a\nb"], [b"\x1b[2J"], [b"\xff\xfe"], [b".partial-0"],
     [b"a\xe2\x80\xaeb"], [b"\x7f"], [b"sub/a\tb"], [b"sub\r/x"], [b"/".join([b"d" * 200] * 5)],
 ]  # fmt: skip
 
@@ -194,11 +196,10 @@ def test_a_local_source_with_such_names_is_refused_likewise(tmp_path: Path, name
 
 KEPT_BY_THE_SERVER = ["a\nb", "\x1b[2J", "\u202egpj.exe", ".partial-0", "a\x7f", "a\u200bb"]
 """Keys that the server of the tests takes as they are; it has folders beneath, so it takes no `..`."""
-KEPT_PAIRS = [["A", "a"], ["caf\u00e9", "cafe\u0301"]]
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("names", [*([key] for key in KEPT_BY_THE_SERVER), *KEPT_PAIRS], ids=ascii)
+@pytest.mark.parametrize("names", [[key] for key in KEPT_BY_THE_SERVER], ids=ascii)
 def test_a_real_servers_bucket_is_refused_before_anything_is_written(
     s3_server: S3Server, tmp_path: Path, names: list[str]
 ) -> None:
@@ -216,4 +217,23 @@ def test_the_rule_of_names_is_one_for_parts_and_for_paths() -> None:
     assert [path_fault(path) for path in ("a", "a/b.c", "模型/1 (2).bin", "x" * 255)] == [None] * 4
     assert name_fault("a") is None and name_fault("a/b") == "is a path, not the name of a file"
     assert all(name_fault(key) for key in OUTSIDE if not key.startswith(".partial") and "/.partial" not in key)
-    assert collision(["a/b", "a/c", "b", "ab"]) is None
+
+
+def test_no_file_takes_the_place_of_another() -> None:
+    for folds in (True, False):
+        assert collision(["a/b", "a/c", "b", "ab"], folds=folds) is None
+        assert collision(["a", "b", "a/c"], folds=folds) == ("a", "a/c")
+    assert [collision(pair, folds=False) for pair in FOLDED] == [None] * len(FOLDED)
+    assert None not in [collision(pair, folds=True) for pair in FOLDED]
+
+
+def test_names_that_differ_in_capitals_alone_are_two_files(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("A.csv", "a.csv"):
+        (folder / name).write_text(name)
+    take(str(folder), settings_for("http://127.0.0.1:1", tmp_path / "home"), tmp_path / "out")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
+        "A.csv": "A.csv",
+        "a.csv": "a.csv",
+    }

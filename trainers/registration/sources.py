@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Protocol
 
 from tunesmith.assets.sources import SYSTEM, check_source, never
 from tunesmith.errors import DataError, SpecError, StorageError
-from tunesmith.file_names import ALLOWED, MAX_PATH_BYTES, collision, path_fault
+from tunesmith.file_names import ALLOWED, MAX_PATH_BYTES, collision, folded, path_fault
 from tunesmith.settings import Settings
 from tunesmith.storage.base import PARTIAL, Storage, key_fault
 from tunesmith.storage.urls import open_storage
@@ -73,9 +74,14 @@ def opened_source(source: str, settings: Settings, bounds: Bounds, listen: Liste
 
 
 def copy_files(source: Source, paths: Iterable[str], folder: Path, listen: Listen) -> None:
-    """Copy these files of the source to `folder`. StorageError where the disk has not the room for them."""
+    """Copy these files of the source to `folder`.
+
+    SpecError where one of the source's files would take another's place there, StorageError where the disk has not the
+    room for them.
+    """
     paths = list(paths)
     folder.mkdir(parents=True, exist_ok=True)
+    _check_places(source, folder)
     needed, free = sum(source.sizes[path] for path in paths), shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
@@ -88,6 +94,20 @@ def copy_files(source: Source, paths: Iterable[str], folder: Path, listen: Liste
     for path in paths:
         listen()
         source.copy(path, folder, listen)
+
+
+def _check_places(source: Source, folder: Path) -> None:
+    """SpecError where a file would take another's place: as its folder, or because the file system folds names."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="a-", suffix="-A") as probe:
+        folds = Path(probe.name).with_name(folded(Path(probe.name).name)).exists()
+    pair = collision(source.sizes, folds=folds)
+    if pair is not None:
+        raise SpecError(
+            f"{visible(repr(pair[0]))} and {visible(repr(pair[1]))} of the source cannot lie in one folder here",
+            fields=["source"],
+            hint="rename one of them",
+            code="invalid_key",
+        )
 
 
 class _Tally:
@@ -118,20 +138,6 @@ class _Tally:
                 code="too_large",
             )
 
-    def checked(self) -> dict[str, int]:
-        """The sizes of all, once none of them would take another's place."""
-        pair = collision(self.sizes)
-        if pair is not None:
-            raise SpecError(
-                f"the source has {visible(repr(pair[0]))} and {visible(repr(pair[1]))}, which cannot lie in one folder "
-                "everywhere",
-                fields=["source"],
-                hint="names must differ in more than capitals and composed characters, and no file may have the name "
-                "of a folder",
-                code="invalid_key",
-            )
-        return self.sizes
-
 
 class _Bucket:
     def __init__(self, storage: Storage, bounds: Bounds, listen: Listen) -> None:
@@ -139,7 +145,7 @@ class _Bucket:
         for entry in storage.entries():
             listen()
             tally.add(entry.key, entry.size_bytes)
-        self.sizes = tally.checked()
+        self.sizes = tally.sizes
         self.folders: list[str] = []
 
     def copy(self, path: str, folder: Path, listen: Listen) -> None:
@@ -164,7 +170,7 @@ class _Local:
             self._walk(top, "")
         else:
             self._add(name, status)
-        self.sizes = self._tally.checked()
+        self.sizes = self._tally.sizes
 
     def copy(self, path: str, folder: Path, listen: Listen) -> None:
         with self._file(path) as file:
