@@ -37,7 +37,7 @@ def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:
     (output / "out").symlink_to("/etc/passwd")
     seen = {
         "secrets": [name for name in env if name.startswith(("AWS", "TUNESMITH_", "RAY"))],
-        "paths": list(filter(os.path.exists, ("HOME/api_token", "HOME/storage/jobs", "/etc/passwd", "/root/.ssh"))),
+        "paths": list(filter(os.path.exists, ("HOME/api_token", "HOME/storage/jobs", "/etc/shadow", "/root/.ssh"))),
         "dataset": os.listdir(env["ENV_AG_DATASET_DIR"]),
         "cwd": os.listdir("."),
         "pids": len([p for p in os.listdir("/proc") if p.isdecimal()]),
