@@ -105,7 +105,8 @@ def test_train_py_becomes_a_new_model(platform: Running, start: Start) -> None:
     assert [event.state for event in said if event.state] == ["pending", "queued", "preparing", "running", "completed"]
     assert [event.phase for event in said if event.phase] == ["fetch", "environment", "train", "publish"]
     assert any("line 3: '4|high|1'" in (event.message or "") for event in said)
-    assert any("README.md, out" in (event.message or "") for event in said)
+    assert any("not taken into the model: README.md (these names" in (event.message or "") for event in said)
+    assert any("not taken into the model: out (links" in (event.message or "") for event in said)
     assert "step 2 LOSS 9.0" in jobs.log(platform, job.id, "0")
     assert not list(jobs.processes(platform, "sleep 98321"))
 
