@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,6 +68,27 @@ def test_where_a_file_system_cannot_show_files_as_anothers_their_own_modes_count
     closed = Path("/proc/sys/vm")
     said = run(tmp_path, "print('ran')", readable=[closed])
     assert "the program was not started" in said and f"chmod -R o+rX {closed}" in said, said
+
+
+def test_where_its_own_file_system_cannot_the_home_lets_programs_read(tmp_path: Path) -> None:
+    parts = {name: tmp_path / name for name in ("lower", "upper", "work", "mounted")}
+    for part in parts.values():
+        part.mkdir()
+    given = f"lowerdir={parts['lower']},upperdir={parts['upper']},workdir={parts['work']}"
+    if subprocess.run(["mount", "-t", "overlay", "-o", given, "overlay", parts["mounted"]], check=False).returncode:
+        pytest.skip("this system mounts no overlayfs")
+    try:
+        home = parts["mounted"] / "home"
+        (home / "model" / "deep").mkdir(parents=True, mode=0o700)
+        (home / "model" / "deep" / "x").write_text("x")
+        (home / "model" / "deep" / "x").chmod(0o600)
+        for folder in (home, home / "model"):
+            folder.chmod(0o700)
+        code = f"print(open('{home}/model/deep/x').read())"
+        assert run(parts["mounted"], code, readable=[home / "model"]) == "x\n"
+        assert home.stat().st_mode & 0o777 == 0o700
+    finally:
+        subprocess.run(["umount", parts["mounted"]], check=True)
 
 
 def test_what_a_program_makes_is_its_own_and_the_platform_reads_and_removes_it(tmp_path: Path) -> None:

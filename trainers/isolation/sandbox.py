@@ -97,6 +97,7 @@ def command_line(
         "largest_file_bytes": max(1, room.largest_file_bytes),
         "tasks": settings.program_processes,
         "owner": user,
+        "home": str(settings.home.resolve()),
         "readable": [str(path) for path in _shown(room)],
         "command": [_as_json(word) for word in words],
     }

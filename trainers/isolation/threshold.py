@@ -41,7 +41,7 @@ def main() -> None:
     owner = given["owner"]
     if owner is not None:
         _limit_processes(given["tasks"])
-        _show_as_owned([Path(path) for path in given["readable"]], owner)
+        _show_as_owned([Path(path) for path in given["readable"]], owner, Path(given["home"]))
     command = [_word(each) for each in given["command"]]
     os.execvp(command[0], command)
 
@@ -67,8 +67,12 @@ def _word(given: Any) -> str:
     return str(descriptor)
 
 
-def _show_as_owned(paths: list[Path], owner: int) -> None:
-    """In a mount namespace of this process's own, mount each path over itself, read only and as the owner's."""
+def _show_as_owned(paths: list[Path], owner: int, home: Path) -> None:
+    """In a mount namespace of this process's own, mount each path over itself, read only and as the owner's.
+
+    Some file systems, overlayfs among them, and kernels before 5.12 cannot do this. Then the files' own modes must let
+    all users read; below `home`, into which nobody else gets, they are changed so.
+    """
     _checked("unshare", _libc.unshare(_CLONE_NEWNS))
     _checked("mount", _libc.mount(b"none", b"/", None, _MS_REC | _MS_SLAVE, None))
     mapping = _mapping(owner)
@@ -83,8 +87,7 @@ def _show_as_owned(paths: list[Path], owner: int) -> None:
             _call(_MOVE_MOUNT, tree, b"", _AT_FDCWD, bytes(path), _MOVE_MOUNT_F_EMPTY_PATH)
             os.close(tree)
         except OSError as error:
-            # Some file systems, and kernels before 5.12, cannot do this. Then the files' own rights must do.
-            _check_readable(path, error)
+            _make_readable(path, error, home)
         done.append(path)
     os.close(mapping)
 
@@ -111,15 +114,18 @@ def _mapping(owner: int) -> int:
         os.waitpid(child, 0)
 
 
-def _check_readable(path: Path, error: OSError) -> None:
-    """End this process where something below the path is for its owner alone."""
+def _make_readable(path: Path, error: OSError, home: Path) -> None:
+    """Let all users read what lies below the path. End this process where it may not be changed."""
     for folder, _, names in os.walk(path):
         for each, needed in ((Path(folder), 5), *((Path(folder, name), 4) for name in names)):
-            if not each.is_symlink() and each.stat().st_mode & needed != needed:
+            if each.is_symlink() or (mode := each.stat().st_mode) & needed == needed:
+                continue
+            if not each.resolve().is_relative_to(home):
                 _fail(
                     f"{each} is not readable by all, and its file system cannot show it to the program ({error}): "
                     f"give it to all by `chmod -R o+rX {path}`, or keep it on ext4, xfs, btrfs or tmpfs"
                 )
+            each.chmod(mode & 0o7777 | needed)
 
 
 def _call(number: int, *arguments: Any) -> int:
