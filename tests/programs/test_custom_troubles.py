@@ -457,7 +457,7 @@ seen["processes"] = [open(f"/proc/{p}/cmdline").read() for p in os.listdir("/pro
 for port in PORTS:
     try:
         connection = socket.create_connection(("127.0.0.1", port), timeout=2)
-        connection.sendall(b"GET /v1/jobs HTTP/1.0\\r\\n\\r\\n")
+        connection.sendall(b"GET /v1/jobs HTTP/1.1\\r\\nHost: node\\r\\n\\r\\n")
         seen["read"] += [] if b" 401 " in connection.recv(1000) else [port]
     except OSError:
         pass
