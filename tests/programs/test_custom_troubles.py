@@ -320,9 +320,8 @@ def left_of(job: JobView) -> list[psutil.Process]:
         except psutil.Error:
             continue
         inside = f"{job.id}-a" in variables.get("ENV_AG_TRAIN_OUTPUT_DIR", "")
-        around = "--unshare-pid" in command and any(f"{job.id}-a" in text for text in command)
         hidden = command[:1] == ["sleep"] and command[-1] in daemons
-        if (inside or around or hidden) and processes.is_alive(process):
+        if (inside or hidden) and processes.is_alive(process):
             found.append(process)
     return found
 
