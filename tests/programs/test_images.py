@@ -99,6 +99,14 @@ def test_an_archive_among_the_models_files_must_be_there_and_goes_on_to_the_new_
     assert (gallery.problems, gallery.needed_files) == ([], ["image.tar", "run.sh"])
 
 
+def test_an_archive_that_is_not_copied_yet_counts_as_there(tmp_path: Path) -> None:
+    card = "Train_image_url: docker-archive:./big/image.tar\nTrain_command_path: ./run.sh\n"
+    folder = galleries.make(tmp_path / "model", card=card)
+    gallery = read_gallery(folder, read_card(folder), present=["README.md", "big/image.tar", "run.sh"])
+    assert gallery is not None
+    assert gallery.problems == []
+
+
 class Place:
     """A home, and a room with a model, a dataset and an output."""
 

@@ -67,10 +67,10 @@ def _register(attempt: Attempt, job: RegisterJob) -> Result:
             if job.asset == "model":
                 first = [path for path, size in source.sizes.items() if size <= FIRST_BYTES or _is_read(path)]
                 copy_files(source, first, folder, listen)
-                beside = [path for path in source.sizes if "/" not in path]
-                said = describe_model(folder, job.task_type, present=beside, settings=attempt.settings, listen=listen)
+                there = list(source.sizes)
+                said = describe_model(folder, job.task_type, present=there, settings=attempt.settings, listen=listen)
                 if said.task_type in TEXT_TYPES and not said.is_in_image:
-                    check_names(beside)  # before the weights are copied
+                    check_names([path for path in there if "/" not in path])  # before the weights are copied
             copy_files(source, [path for path in source.sizes if not (folder / path).exists()], folder, listen)
         attempt.events.write(phase="audit")
         about = _check_dataset(folder, attempt) if said is None else _check_model(folder, attempt, said, job.name)

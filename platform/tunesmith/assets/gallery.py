@@ -9,8 +9,8 @@ import ast
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import Field
@@ -74,13 +74,17 @@ class Gallery(Tolerant):
         return self.methods[names.index(name)]
 
 
-def read_gallery(folder: Path, card: Card) -> Gallery | None:
-    """What the model in `folder` with this card brings for its own training; None where it brings nothing."""
+def read_gallery(folder: Path, card: Card, *, present: Collection[str] | None = None) -> Gallery | None:
+    """What the model in `folder` with this card brings for its own training; None where it brings nothing.
+
+    `present`: the paths of all files that the folder will have, where it has not all of them yet.
+    """
     image_url, command = card.text("Train_image_url"), card.text("Train_command_path")
     place = folder / FOLDER
     if not place.is_dir() and not place.is_symlink() and image_url is None and command is None:
         return None
-    problems = list(_card_problems(folder, card))
+    is_there = (lambda path: (folder / path).is_file()) if present is None else frozenset(present).__contains__
+    problems = list(_card_problems(card, is_there))
     for name in (PARAMETERS, README) if image_url else (TRAIN, PARAMETERS, README):
         if not (place / name).exists() and not (place / name).is_symlink():
             problems.append(f"{FOLDER}/{name} is missing")
@@ -170,7 +174,7 @@ def _default(parameter: Parameter) -> Value:
     return default
 
 
-def _card_problems(folder: Path, card: Card) -> Iterator[str]:
+def _card_problems(card: Card, is_there: Callable[[str], bool]) -> Iterator[str]:
     def problem(key: str, sentence: str) -> str:
         return f"{CARD}:{card.lines.get(key, 1)}: {key} {sentence}"
 
@@ -184,27 +188,32 @@ def _card_problems(folder: Path, card: Card) -> Iterator[str]:
         if command is not None:
             yield problem("Train_command_path", "is for a Train_image_url, which the card does not name")
         return
-    if isinstance(card.values["Train_image_url"], str) and (why := _image_problem(folder, url)):
+    if isinstance(card.values["Train_image_url"], str) and (why := _image_problem(url, is_there)):
         yield problem("Train_image_url", why)
     if command is None:
         yield f"{CARD}: Train_command_path is missing: what runs in the image of Train_image_url"
         return
     if not command.endswith((".py", ".sh")):
         yield problem("Train_command_path", f"must end in .py or .sh, got {command!r}")
-    elif (why := path_fault(command.removeprefix("/"))) is not None:
+    elif (why := path_fault(_plain(command).removeprefix("/"))) is not None:
         yield problem("Train_command_path", f"is {visible(repr(command))}, which {why}")
     # Absolute paths lie in the image, which is not looked into.
-    elif not command.startswith("/") and not (folder / command).is_file():
+    elif not command.startswith("/") and not is_there(_plain(command)):
         yield problem("Train_command_path", f"names no file of the model: {command!r}")
 
 
-def _image_problem(folder: Path, url: str) -> str | None:
+def _plain(path: str) -> str:
+    """The path without what means nothing in it, such as a `./` at its start."""
+    return str(PurePosixPath(path))
+
+
+def _image_problem(url: str, is_there: Callable[[str], bool]) -> str | None:
     """What is wrong with the name of an image; the image itself is not looked at."""
     try:
         reference = parse_image(url)
     except SpecError as error:
         return error.message
-    if reference.is_in_model and not (folder / reference.name).is_file():
+    if reference.is_in_model and not is_there(_plain(reference.name)):
         return f"names no file of the model: {reference.name!r}"
     return None
 

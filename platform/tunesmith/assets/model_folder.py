@@ -32,7 +32,7 @@ def read_model_folder(
 ) -> ModelFolder:
     """Read the card and `gallery_train/`. A given `task_type` overrides the card's.
 
-    `present`: the names of all files that the folder will have, where it has not all of them yet.
+    `present`: the paths of all files that the folder will have, where it has not all of them yet.
     Raises SpecError without a task type, ModelError for a card that is not YAML or a file that names one outside,
     DataError for a link.
     """
@@ -48,7 +48,7 @@ def read_model_folder(
             "your own for a custom model",
         )
     may_be = all((folder / name).is_file() for name in LANGUAGE_MODEL_FILES)
-    return ModelFolder(found, card, read_gallery(folder, card), may_be)
+    return ModelFolder(found, card, read_gallery(folder, card, present=present), may_be)
 
 
 def refuse_links(path: Path) -> None:
