@@ -17,6 +17,8 @@ from tests.support.stage import SPEC
 from tunesmith.api.views import ErrorBody
 from tunesmith.local import gate
 
+pytestmark = pytest.mark.slow
+
 A_KEY = "YWFhYWFhYWFhYWFhYWFhYQ=="
 END = b"\r\n\r\n"
 HOST = b"Host: door\r\n"

@@ -15,6 +15,8 @@ from trainers.isolation.usage import Limits, Usage
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 LIMIT = 128 * MIB
 

@@ -25,6 +25,8 @@ from trainers.programs.program_log import ProgramLog
 from tunesmith.storage.folder import FolderStorage
 from tunesmith.storage.segments import SegmentWriter
 
+pytestmark = pytest.mark.slow
+
 NOT_ON_THE_NODES_NETWORK = {"a port of the node", "an abstract socket of the node"}
 """Workers on several nodes, and pip, have the nodes' network; what listens there asks for tokens."""
 NOT_FOR_AN_ORDINARY_USER = {

@@ -14,7 +14,10 @@ from trainers.isolation.program import Program
 from trainers.isolation.sandbox import Room
 from tunesmith.settings import Settings
 
-pytestmark = pytest.mark.skipif(owner.own_user() is None, reason="the platform is no root here")
+pytestmark = [
+    pytest.mark.skipif(owner.own_user() is None, reason="the platform is no root here"),
+    pytest.mark.slow,
+]
 
 
 def run(folder: Path, code: str, *, readable: list[Path]) -> str:

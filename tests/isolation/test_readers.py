@@ -19,6 +19,8 @@ from tunesmith import processes
 from tunesmith.errors import DataError, OutOfMemoryError, TunesmithError
 from tunesmith.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(memory_bytes=512 << 20, time_s=300, silence_s=300, file_bytes=8 << 20)
 SHORT = Limits(memory_bytes=512 << 20, time_s=2, silence_s=2)
 NOT_MINE_MIB = 96

@@ -22,6 +22,8 @@ from trainers.registration.model_check import check_language_model
 from tunesmith.errors import DataError, ModelError, SpecError, TunesmithError
 from tunesmith.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 NOT_MINE_MIB = 200
 """How much the memory of who registers may grow; what is read would take gigabytes."""
 MEMORY_BYTES = 400 << 20

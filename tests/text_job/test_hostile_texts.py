@@ -28,6 +28,8 @@ from tunesmith.storage.folder import FolderStorage
 from tunesmith.text.formats import Example, Turn
 from tunesmith.text.tokenization import Encoder
 
+pytestmark = pytest.mark.slow
+
 NOT_MINE_MIB = 150
 ROWS = tiny.sums(20)
 
