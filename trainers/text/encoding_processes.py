@@ -35,9 +35,7 @@ logger = logging.getLogger(__name__)
 class HelperLostError(WorkerLostError):
     """A process that tokenises has ended before its time."""
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"a process that tokenises ended with exit code {exit_code}")
-        self.exit_code = exit_code
+    exit_code = 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,9 @@ class _Helper:
             answer = pickle.load(self._out)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             code = self._process.wait()
-            raise HelperLostError(code) from error
+            lost = HelperLostError(f"a process that tokenises ended with exit code {code}")
+            lost.exit_code = code
+            raise lost from error
         if isinstance(answer, Exception):
             raise answer
         batch: Batch = answer
