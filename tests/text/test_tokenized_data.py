@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def helpers_of(process: psutil.Process) -> list[psutil.Process]:
-    """Its children that tokenise; other tests may have left children of other kinds."""
-    return [
-        child
-        for child in process.children()
-        if any("trainers.text.encoding_processes" in word for word in child.cmdline())
-    ]
+    """Its children that tokenise; other tests may have left children of other kinds, and zombies."""
+    found = []
+    for child in process.children():
+        with suppress(psutil.Error):
+            if any("trainers.text.encoding_processes" in word for word in child.cmdline()):
+                found.append(child)
+    return found
 
 
 def content(rows: TokenizedRows) -> list[tuple[list[int], list[bool]]]:
