@@ -24,6 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Files that start Ray take longest, so they begin first: both processes then end together.
     """
     shared = {item.path for item in items if "platform" in getattr(item, "fixturenames", ())}
+    with_ray = {item.path for item in items if item.get_closest_marker("ray") is not None}
     for item in items:
         item.add_marker(pytest.mark.xdist_group("platform" if item.path in shared else str(item.path)))
-    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, item.path not in shared))
+    # A file stays whole: what starts no Ray in it comes before what does.
+    items.sort(key=lambda item: (item.path not in with_ray, item.path not in shared))
