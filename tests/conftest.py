@@ -18,6 +18,8 @@ pytest_plugins = [
 ]
 
 
+# First, since pytest-xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What two processes that test at once share out: a file each, but all that use the one platform go to one of them.
 
@@ -26,6 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     shared = {item.path for item in items if "platform" in getattr(item, "fixturenames", ())}
     with_ray = {item.path for item in items if item.get_closest_marker("ray") is not None}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("platform" if item.path in shared else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("platform" if item.path in shared else item.path.stem))
     # A file stays whole: what starts no Ray in it comes before what does.
     items.sort(key=lambda item: (item.path not in with_ray, item.path not in shared))

@@ -1,6 +1,7 @@
 """The promises of the layout: source root, import layers' ground, names."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -140,6 +141,12 @@ def test_no_test_imports_another_and_no_program_that_ships_imports_a_test() -> N
     assert len(tests) > 50 and len(shipped) > 100
     assert [(path, name) for path, names in tests.items() for name in names if re.search(r"\.test_\w+", name)] == []
     assert [(path, name) for path, names in shipped.items() for name in names if re.match(r"tests\b", name)] == []
+
+
+def test_two_processes_that_test_at_once_take_whole_files(request: pytest.FixtureRequest) -> None:
+    """Without groups each of them would start the platform that files share, and order all its jobs."""
+    (group,) = [mark.args[0] for mark in request.node.iter_markers("xdist_group")]
+    assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith(f"@{group}")
 
 
 def test_what_tests_share_fits_one_folder() -> None:
