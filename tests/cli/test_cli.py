@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,12 @@ import pytest
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from tests.support.live_door import LiveDoor, figure
+from tests.support.live_door import LiveDoor, Run, figure
 from tests.support.stage import SPEC, make_manifest
 from tunesmith import __version__
 from tunesmith.api.client import Client
 from tunesmith.api.views import EventView
 from tunesmith.assets.catalog import publish
-from tunesmith.cli import main
 from tunesmith.cli.progress import Course, show_progress
 from tunesmith.hyperparameters.definitions import SECTIONS
 from tunesmith.hyperparameters.field import definitions
@@ -31,38 +28,6 @@ from tunesmith.jobs.states import Change
 
 ORDER = TrainSpec.model_validate(SPEC)
 FLAGS = ["--model", "tiny", "--dataset", "sums", "--flavor", "cpu-small", "--output-model", "tuned"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(live_door: LiveDoor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command against a live door; `stdin` is what its user types."""
-    for name in [name for name in os.environ if name.startswith("TUNESMITH_")]:
-        monkeypatch.delenv(name)
-    for name, text in live_door.settings.to_env().items():
-        monkeypatch.setenv(name, text)
-
-    def run(*arguments: str, stdin: str = "") -> Outcome:
-        monkeypatch.setattr(sys, "stdin", StringIO(stdin))
-        with pytest.raises(SystemExit) as exit_:
-            main(arguments)
-        out, err = capsys.readouterr()
-        return Outcome(int(exit_.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture

@@ -5,15 +5,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support import tiny
-from tunesmith.assets.catalog import Manifest, Table, publish
-from tunesmith.assets.stored_files import describe_files
+from tests.support.stage import publish_folder
+from tunesmith.assets.catalog import Table
 from tunesmith.cli import main
-from tunesmith.clock import utc_text
 from tunesmith.jobs.audit_report import AuditReport
 from tunesmith.settings import Settings
 from tunesmith.storage.folder import FolderStorage
@@ -34,8 +32,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.sums(40)))
     table = Table(format="jsonl", columns=["prompt", "response"], rows=40)
-    put(storage, "model", "tiny", tmp_path / "model", task_type="text-question-answering")
-    put(storage, "dataset", "sums", tmp_path / "data", tables={"train.jsonl": table})
+    publish_folder(storage, "model", "tiny", tmp_path / "model", task_type="text-question-answering")
+    publish_folder(storage, "dataset", "sums", tmp_path / "data", tables={"train.jsonl": table})
 
     def run(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit_:
@@ -43,12 +41,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return int(exit_.value.code or 0), *capsys.readouterr()
 
     return run
-
-
-def put(storage: FolderStorage, kind: Any, name: str, folder: Path, **options: Any) -> None:
-    storage.upload_folder(folder, f"{kind}s/{name}/1/files")
-    made = {"created_at": utc_text(), "account": "operator", "job": "job-0", **options}
-    publish(storage, Manifest(kind=kind, name=name, version=1, folder="files", files=describe_files(folder), **made))
 
 
 def test_people_see_rows_with_their_trained_part_marked_and_the_counts(run: Run) -> None:

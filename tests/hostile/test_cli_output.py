@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import StringIO
 from pathlib import Path
@@ -16,14 +13,14 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from tests.support.live_door import LiveDoor, figure
+from tests.support.live_door import LiveDoor, Run, figure
 from tests.support.stage import SPEC, make_manifest
 from tunesmith.api.client import Client
 from tunesmith.assets.catalog import Table, publish
 from tunesmith.assets.gallery import Gallery
 from tunesmith.assets.stored_files import describe_file
 from tunesmith.assets.train_params import Method, Parameter
-from tunesmith.cli import main, rendering
+from tunesmith.cli import rendering
 from tunesmith.cli.progress import show_progress
 from tunesmith.cli.terminal import Terminal
 from tunesmith.clock import utc_text
@@ -57,33 +54,6 @@ HOSTILE = {
     "tags": "x\U000e0041\U000e007f",
 }
 """By what each does to a terminal, or to a reader."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(live_door: LiveDoor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    for name in [name for name in os.environ if name.startswith("TUNESMITH_")]:
-        monkeypatch.delenv(name)
-    for name, text in live_door.settings.to_env().items():
-        monkeypatch.setenv(name, text)
-
-    def run(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "stdin", StringIO())
-        with pytest.raises(SystemExit) as exit_:
-            main(arguments)
-        out, err = capsys.readouterr()
-        return Outcome(int(exit_.value.code or 0), out, err)
-
-    return run
 
 
 def plant(live_door: LiveDoor, bad: str) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests.support import tiny
 from tests.support.publishing import save_checkpoint
+from tests.support.stage import make_manifest
 from trainers.attempt.context import Attempt
 from trainers.attempt.fetch import Fetched
 from trainers.attempt.report_writer import ReportWriter
@@ -38,7 +39,6 @@ from trainers.text_job.products import write_products
 from trainers.text_job.stored_checkpoints import upload_checkpoint
 from trainers.text_job.tokenizing import Rows
 from trainers.text_job.training_run import fit_with_restarts
-from tunesmith.assets.catalog import Manifest
 from tunesmith.assets.stored_files import describe_files
 from tunesmith.assets.tables import describe
 from tunesmith.clock import utc_text
@@ -133,18 +133,9 @@ def data(place: Path, **given: Value) -> tuple[TokenizedRows, TokenizedRows | No
 
 def fetched(place: Path, name: str) -> Fetched:
     folder = place / name
-    manifest = Manifest(
-        kind="dataset" if name == "data" else "model",
-        name=name,
-        version=1,
-        folder="files",
-        files=describe_files(folder),
-        created_at="",
-        account="",
-        job="",
-        tables={path.name: describe(path) for path in sorted(folder.iterdir()) if name == "data"},
-    )
-    return Fetched(folder, manifest)
+    kind = "dataset" if name == "data" else "model"
+    tables = {path.name: describe(path) for path in sorted(folder.iterdir()) if name == "data"}
+    return Fetched(folder, make_manifest(kind, name, files=describe_files(folder), tables=tables))
 
 
 def cells(rows: TokenizedRows) -> list[tuple[list[int], list[bool]]]:

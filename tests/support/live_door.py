@@ -1,13 +1,20 @@
-"""A real front door over HTTP on loopback, with a token, a record store and a storage; no Ray and no reconciler."""
+"""A real front door over HTTP on loopback, with a token, a record store and a storage; no Ray and no reconciler.
 
+And the command line, run against it in the test's own process.
+"""
+
+import json
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -19,6 +26,7 @@ from starlette.types import ASGIApp
 from serve_app.app import make_app
 from tests.support.stage import publish_inputs
 from tests.support.waiting import until
+from tunesmith.cli import main
 from tunesmith.jobs.attempts import MetricLine
 from tunesmith.jobs.states import Change
 from tunesmith.local import gate
@@ -135,3 +143,35 @@ def figure(step: int, name: str = "loss", value: float = 2.0, *, rank: int | Non
     """One line of metrics, a second a step."""
     time = f"2026-01-01T00:00:{step:02d}.000Z"
     return MetricLine(time=time, attempt=1, step=step, rank=rank, name=name, value=value)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(live_door: LiveDoor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command against a live door; `stdin` is what its user types."""
+    for name in [name for name in os.environ if name.startswith("TUNESMITH_")]:
+        monkeypatch.delenv(name)
+    for name, text in live_door.settings.to_env().items():
+        monkeypatch.setenv(name, text)
+
+    def run(*arguments: str, stdin: str = "") -> Outcome:
+        monkeypatch.setattr(sys, "stdin", StringIO(stdin))
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        out, err = capsys.readouterr()
+        return Outcome(int(exit_.value.code or 0), out, err)
+
+    return run

@@ -10,7 +10,7 @@ from typing import Any
 from serve_app.reconciler.launcher import ALIVE, RayJob
 from serve_app.reconciler.reconciler import Reconciler
 from tunesmith.assets.catalog import Manifest, Table, publish
-from tunesmith.assets.stored_files import File
+from tunesmith.assets.stored_files import File, describe_files
 from tunesmith.clock import utc_text
 from tunesmith.errors import UnavailableError
 from tunesmith.jobs import attempts
@@ -20,6 +20,7 @@ from tunesmith.jobs.spec import RegisterJob, TrainJob, parse_spec
 from tunesmith.records.record import Record
 from tunesmith.records.store import RecordStore
 from tunesmith.settings import Settings
+from tunesmith.storage import layout
 from tunesmith.storage.base import Storage
 from tunesmith.storage.folder import FolderStorage
 from tunesmith.storage.layout import events
@@ -62,6 +63,12 @@ def make_manifest(kind: Any, name: str, version: int = 1, **options: Any) -> Man
         job=options.pop("job", "job-0"),
         **options,
     )
+
+
+def publish_folder(storage: Storage, kind: Any, name: str, folder: Path, **options: Any) -> None:
+    """Put the files of a folder into storage as version 1, whatever a registration would say of them."""
+    storage.upload_folder(folder, layout.asset_files(kind, name, 1, "files"))
+    publish(storage, make_manifest(kind, name, files=describe_files(folder), **options))
 
 
 def publish_inputs(storage: Storage) -> None:

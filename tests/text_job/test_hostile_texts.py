@@ -12,14 +12,14 @@ import psutil
 import pytest
 
 from tests.support import tiny
+from tests.support.stage import make_manifest
 from trainers.attempt.fetch import Fetched, fetch
 from trainers.text.shards import Batch
 from trainers.text_job import tokenizing
 from trainers.text_job.tokenizing import Rows, Work, audited_rows, data_files, tokenized_rows
-from tunesmith.assets.catalog import Manifest, Table, publish
+from tunesmith.assets.catalog import Table, publish
 from tunesmith.assets.stored_files import describe_files
 from tunesmith.assets.tables import describe
-from tunesmith.clock import utc_text
 from tunesmith.errors import TunesmithError
 from tunesmith.jobs.audit_report import AuditCounts
 from tunesmith.settings import Settings
@@ -68,20 +68,8 @@ def published(
         else Table.model_validate({"format": "jsonl", "columns": ["prompt", "response"], "rows": 1})
     }
     for kind, folder in places.items():
-        publish(
-            storage,
-            Manifest(
-                kind="model" if kind == "model" else "dataset",
-                name="tiny",
-                version=1,
-                folder="files",
-                files=describe_files(folder),
-                created_at=utc_text(),
-                account="operator",
-                job="job-0",
-                tables=tables if kind == "dataset" else {},
-            ),
-        )
+        described = tables if kind == "dataset" else {}
+        publish(storage, make_manifest(kind, "tiny", files=describe_files(folder), tables=described))
     model, dataset = (fetch(storage, kind, "tiny@1", settings) for kind in ("model", "dataset"))
     assert isinstance(model, Fetched)
     files = data_files(dataset, ["rows.jsonl"])

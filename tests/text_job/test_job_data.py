@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from tests.support import tiny
+from tests.support.stage import make_manifest
 from trainers.attempt.context import Attempt
 from trainers.attempt.stop_watch import StoppedError, StopWatch
 from trainers.text import tokenized_data
 from trainers.text_job.job_data import prepare
 from trainers.text_job.training_run import run_training
-from tunesmith.assets.catalog import Manifest, publish
+from tunesmith.assets.catalog import publish
 from tunesmith.assets.stored_files import describe_files
 from tunesmith.assets.tables import describe
 from tunesmith.clock import utc_text
@@ -48,21 +49,8 @@ def attempt_on(
     (files["dataset"] / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for kind, folder in files.items():
         tables = {"rows.jsonl": describe(folder / "rows.jsonl")} if kind == "dataset" else {}
-        publish(
-            storage,
-            Manifest(
-                kind=kind,
-                name="tiny",
-                version=1,
-                folder="files",
-                files=describe_files(folder),
-                created_at=utc_text(),
-                account="operator",
-                job="job-0",
-                task_type="text-question-answering" if kind == "model" else None,
-                tables=tables,
-            ),
-        )
+        task_type = "text-question-answering" if kind == "model" else None
+        publish(storage, make_manifest(kind, "tiny", files=describe_files(folder), task_type=task_type, tables=tables))
     spec = TrainSpec(
         model="tiny", dataset="tiny", flavor="cpu-small", output_model="tuned", hyperparameters=hyperparameters
     )
