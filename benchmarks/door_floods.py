@@ -1,8 +1,8 @@
-"""How long a good client waits for its answers while another floods the door, and what memory the door takes then.
+"""How long a good client waits while another floods the door, what memory the door takes then, and how a job goes on.
 
-`python -m benchmarks.door_floods [--seconds 15]`: a platform is started, and each flood runs against its door from
+`python -m benchmarks.door_floods [--seconds 20]`: a platform is started, and each flood runs against its door from
 another address of loopback, as from another machine. Meanwhile a client with a token asks for its jobs, each time over
-a connection of its own.
+a connection of its own, and one of these jobs trains SmolLM2-135M-Instruct on the demo's rows all the while.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from typing import Any
 import httpx
 import psutil
 
+from benchmarks.own_platform import register, settings_in
 from benchmarks.results_file import figure, say, write_results
+from tunesmith.api.client import Client, read_on
 from tunesmith.api.request_bounds import MAX_BODY_BYTES
-from tunesmith.local import gate, local_platform, ports
+from tunesmith.jobs.spec import TrainSpec
+from tunesmith.local import gate, local_platform
 from tunesmith.settings import Settings
 
+DATA = Path(__file__).parents[1] / "demo" / "data"
 FLOODING = "127.0.0.9"
 """Address that floods come from."""
 THREADS = 8
@@ -230,15 +234,16 @@ def _memory(platform: local_platform.Platform) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.door_floods", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=15, help="of each flood")
+    parser.add_argument("--seconds", type=float, default=20, help="of each flood")
     arguments = parser.parse_args()
     lines: list[str] = []
     figures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="ts-", dir="/tmp") as name:
-        settings = _settings(Path(name))
-        platform = local_platform.up(settings, num_cpus=1, object_store_memory=200_000_000).platform
+        settings = settings_in(Path(name), SEGMENT_S="1")
+        platform = local_platform.up(settings, num_cpus=2, object_store_memory=200_000_000).platform
         try:
-            _measure_all(settings, platform, arguments.seconds, figures=figures, lines=lines)
+            with Client(settings.door_url, settings.api_token_path.read_text().strip()) as client:
+                _measure_all(settings, platform, arguments.seconds, _Training(client), figures=figures, lines=lines)
         finally:
             local_platform.down(settings)
     worst = max(figures[name]["value"] for name in figures if name.endswith("_p99_s"))
@@ -247,10 +252,50 @@ def main() -> None:
     say(lines, str(write_results("door_floods", figures, "\n".join(lines) + "\n")))
 
 
+class _Training:
+    """A job that trains until it is stopped."""
+
+    def __init__(self, client: Client) -> None:
+        """Register what it needs, order it, and wait for its first step."""
+        register(client, DATA)
+        order = TrainSpec(
+            model="model",
+            dataset="rows",
+            flavor="cpu-small",
+            output_model="trained-under-floods",
+            hyperparameters={"train_data_file": "train.jsonl", "num_train_epochs": 1000, "max_seq_length": 256},
+        )
+        self._client, self._job = client, client.submit(order).id
+        self._read: str | None = None
+        while not self.new_steps():
+            self._check("pending", "running")
+            time.sleep(1)
+
+    def new_steps(self) -> int:
+        """How many steps it has made since the last call."""
+        lines, self._read = read_on(
+            lambda after: self._client.metrics(self._job, names=["loss"], after=after), self._read
+        )
+        return len(lines)
+
+    def stop(self) -> None:
+        """It has gone on to the end, and is stopped with a checkpoint."""
+        self._check("running")
+        self._client.stop(self._job)
+        self._client.wait(self._job)
+        self._check("stopped")
+
+    def _check(self, *states: str) -> None:
+        job = self._client.job(self._job)
+        if job.state not in states:
+            raise SystemExit(f"{job.id} {job.state}: {job.message}")
+
+
 def _measure_all(
     settings: Settings,
     platform: local_platform.Platform,
     seconds: float,
+    training: _Training,
     *,
     figures: dict[str, dict[str, Any]],
     lines: list[str],
@@ -258,24 +303,23 @@ def _measure_all(
     memory_before = _memory(platform)
     for kind in (None, *FLOODS):
         name = "no_flood" if kind is None else kind.__name__
+        training.new_steps()
         with _running(kind, settings) if kind else nullcontext():
             waits, failed, memory = measure(settings, seconds, lambda: _memory(platform))
+        steps = training.new_steps()
         p99 = statistics.quantiles(waits, n=100)[98]
         grown = (memory - memory_before) / 1e6
         figures[f"{name}_p99_s"] = figure([p99], "s")
         figures[f"{name}_failed"] = figure([failed], "requests")
+        figures[f"{name}_steps"] = figure([steps], "steps")
         figures[f"{name}_memory_growth_mb"] = figure([grown], "MB")
         say(
             lines,
             f"{name}: {len(waits)} requests, {failed} failed; median {statistics.median(waits) * 1000:.0f} ms, 99th "
-            f"percentile {p99 * 1000:.0f} ms, longest {max(waits) * 1000:.0f} ms; memory {grown:+.0f} MB",
+            f"percentile {p99 * 1000:.0f} ms, longest {max(waits) * 1000:.0f} ms; memory {grown:+.0f} MB; "
+            f"{steps} steps of the training",
         )
-
-
-def _settings(home: Path) -> Settings:
-    numbers = dict(zip(("RAY_PORT", "RAY_DASHBOARD_PORT", "PORT"), map(str, ports.free(3)), strict=True))
-    own = {"HOME": str(home), **numbers}
-    return Settings.from_env({f"TUNESMITH_{name}": text for name, text in own.items()})
+    training.stop()
 
 
 if __name__ == "__main__":

