@@ -17,6 +17,7 @@ from tests.support.waiting import until
 from tunesmith import processes, taken_down
 from tunesmith.errors import ConflictError, SpecError
 from tunesmith.local import local_platform, ports
+from tunesmith.local.local_platform import Platform
 from tunesmith.settings import Settings
 
 SMALL = {"num_cpus": 1, "object_store_memory": 100_000_000}
@@ -128,11 +129,21 @@ def test_a_state_file_of_a_platform_that_is_gone_counts_for_nothing(settings: Se
     assert not (settings.home / "platform.json").exists()
 
 
+def assert_rays_folder_is_shut(settings: Settings, platform: Platform) -> None:
+    """Nobody else reads or writes Ray's folder."""
+    temp_dir = Path(platform.temp_dir)
+    assert (temp_dir / "session_latest").exists()
+    assert settings.ray_folder in temp_dir.parents
+    assert (settings.ray_folder.stat().st_mode & 0o777, settings.ray_folder.stat().st_uid) == (0o700, os.getuid())
+
+
 @pytest.mark.ray
 def test_up_down_and_up_again_leaves_no_process_behind(platform_settings: Settings) -> None:
     settings = platform_settings
+    settings.ray_folder.mkdir(mode=0o777)
     started = local_platform.up(settings, door=False, **SMALL)
     assert started.ray
+    assert_rays_folder_is_shut(settings, started.platform)
     assert not local_platform.up(settings, door=False, **SMALL).ray
     with pytest.raises(ConflictError):
         local_platform.up(Settings.from_env({**settings.to_env(), "TUNESMITH_ACCOUNT": "other"}))
@@ -143,7 +154,10 @@ def test_up_down_and_up_again_leaves_no_process_behind(platform_settings: Settin
     assert taken_down.was_taken_down(settings, started.platform.mark)
     assert not [process for process in members if processes.is_alive(process)]
     assert not Path(started.platform.temp_dir).exists()
-    assert local_platform.up(settings, door=False, **SMALL).ray
+    assert not settings.ray_folder.exists()
+    again = local_platform.up(settings, door=False, **SMALL)
+    assert again.ray
+    assert_rays_folder_is_shut(settings, again.platform)
     assert local_platform.down(settings)
 
 
@@ -156,20 +170,6 @@ def test_what_a_killed_ray_left_is_ended_by_the_next_up(platform_settings: Setti
     second = local_platform.up(platform_settings, door=False, **SMALL).platform
     assert second.mark != first.mark
     assert not [process for process in members if processes.is_alive(process)]
-
-
-@pytest.mark.ray
-def test_rays_folder_is_nobody_elses_to_read_or_write(platform_settings: Settings) -> None:
-    settings = platform_settings
-    settings.ray_folder.mkdir(mode=0o777)
-    for _ in range(2):  # after a restart as well
-        platform = local_platform.up(settings, door=False, **SMALL).platform
-        temp_dir = Path(platform.temp_dir)
-        assert (temp_dir / "session_latest").exists()
-        assert settings.ray_folder in temp_dir.parents
-        assert (settings.ray_folder.stat().st_mode & 0o777, settings.ray_folder.stat().st_uid) == (0o700, os.getuid())
-        local_platform.down(settings)
-        assert not settings.ray_folder.exists()
 
 
 def test_a_ray_folder_that_is_a_link_is_refused(settings: Settings, tmp_path: Path) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.s3_server import BUCKET
-from tests.support import jobs
+from tests.support import jobs, programs
 from tests.support.ray_fixture import Running, running_platform
 from tests.support.s3_fixture import S3Server, fill
 from tests.support.stalling_proxy import StallingProxy, stalling_proxy
 from tests.support.waiting import until
-from tunesmith.api.views import JobView
 from tunesmith.storage import layout
 from tunesmith.storage.segments import read_segments
 
@@ -28,7 +27,7 @@ def proxy(s3_server: S3Server) -> Iterator[StallingProxy]:
 
 
 @pytest.fixture
-def running(proxy: StallingProxy, s3_server: S3Server, tmp_path: Path) -> Iterator[Running]:
+def running(proxy: StallingProxy, s3_server: S3Server) -> Iterator[Running]:
     env = {
         **s3_server.env,
         "TUNESMITH_STORAGE_URL": f"s3://{BUCKET}/{PREFIX}",
@@ -36,23 +35,25 @@ def running(proxy: StallingProxy, s3_server: S3Server, tmp_path: Path) -> Iterat
         "TUNESMITH_S3_ADDRESSING_STYLE": "path",
     }
     with running_platform(env, door=True) as running:
-        jobs.publish_sources(running, tmp_path)
         yield running
 
 
-def order(running: Running, name: str) -> JobView:
-    hyperparameters = {"max_steps": 3, "save_steps": 100, "max_eval_samples": 1}
-    return running.client.submit(jobs.spec(output_model=name, hyperparameters=hyperparameters))
+TRAIN = """
+for step in range(3):
+    print(f"LOSS {step}", flush=True)
+    time.sleep(1)
+"""
 
 
 def test_a_job_comes_to_its_first_step_while_anothers_storage_hangs_and_a_third_is_deleted(
-    running: Running, proxy: StallingProxy, s3_server: S3Server
+    running: Running, proxy: StallingProxy, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    deleted = order(running, "deleted")
+    order = programs.Start(running, tmp_path, programs.publish_points(running, tmp_path))
+    deleted = order(TRAIN)
     running.client.stop(deleted.id)
     assert running.client.wait(deleted.id).state == "stopped"
     fill(s3_server.filer_port, OBJECTS, f"{PREFIX}/{layout.metrics(deleted.id, 1)}")
-    hanging = order(running, "hanging")
+    hanging = order(TRAIN)
     proxy.lines.clear()
 
     def is_deletion(line: str) -> bool:
@@ -65,7 +66,7 @@ def test_a_job_comes_to_its_first_step_while_anothers_storage_hangs_and_a_third_
     proxy.hold(stalls)
     running.client.delete(deleted.id)
     until(lambda: any(hanging.id in line for line in proxy.held) and any(map(is_deletion, proxy.held)))
-    third = order(running, "third")
+    third = order(TRAIN)
     until(lambda: any(jobs.metrics(running, third.id, "loss")))
     # Nothing was released before.
     assert any(True for _ in read_segments(running.storage, layout.metrics(deleted.id, 1), after=OBJECTS - 2))

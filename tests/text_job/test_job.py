@@ -40,7 +40,6 @@ def ordered(ready: Running, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     endless = {"hyperparameters": {"max_steps": 20000, "save_steps": 1000}, "advanced": {"num_train_epochs": 10000}}
     specs = {
         "new": jobs.spec(hyperparameters={"max_steps": 150, "save_steps": 50}, advanced={"num_train_epochs": 10}),
-        "earlier": jobs.spec(output_model="earlier", hyperparameters={"max_steps": 30, "lora_rank": 4}),
         "quantized": jobs.spec(output_model="tuned-4", hyperparameters={"max_steps": 4, "bits": 4}),
         "time limit": jobs.spec(output_model="never", max_run_time_s=60, **endless),
         "bad rows": jobs.spec(dataset="numbers", hyperparameters={"test_data_file": None}),
@@ -145,8 +144,9 @@ def test_an_order_becomes_a_new_model(ready: Running, ordered: dict[str, JobView
     assert (parameters["max_steps"], parameters["lora_rank"], parameters["num_train_epochs"]) == (150, 8, 10)
 
 
-def test_a_job_goes_on_from_an_earlier_result(ready: Running, ordered: dict[str, JobView]) -> None:
-    first = completed(ready, ordered["earlier"])
+@pytest.mark.soak
+def test_a_job_goes_on_from_an_earlier_result(ready: Running) -> None:
+    first = run(ready, jobs.spec(output_model="earlier", hyperparameters={"max_steps": 30, "lora_rank": 4}))
     path = layout.join(ready.storage.url, layout.asset("model", "earlier", 1))
     # Its rank is the earlier one's where none is given.
     order = jobs.spec(output_model="second", hyperparameters={"max_steps": 30, "finetuned_model": path})

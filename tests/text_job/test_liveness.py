@@ -6,11 +6,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support import jobs
+from tests.support import jobs, programs
 from tests.support.ray_fixture import Running, running_platform
 from tests.support.waiting import until
 from trainers.attempt.heartbeat import RAY_GONE_S
@@ -47,17 +48,22 @@ def of_attempt(job: JobView, attempt: int = 1) -> list[psutil.Process]:
 
 
 def assert_went_on(running: Running, job: JobView) -> None:
-    """The second attempt took the job to its end, from a checkpoint, and nothing was done twice at once."""
+    """The second attempt took the job to its end, and nothing was done twice at once."""
     ended = running.client.wait(job.id)
     assert (ended.state, ended.attempt) == ("completed", 2), jobs.log(running, job.id, "driver")
-    first_steps = [event.data["first_step"] for event in jobs.events(running, job.id) if "first_step" in event.data]
-    assert first_steps[0] == 1
-    assert first_steps[-1] > 20
     lost, claimed = attempts.read_result(running.storage, job.id, 1), attempts.read_claim(running.storage, job.id, 2)
     assert lost is not None and claimed is not None
     assert lost.outcome == "lost"
     assert clock.seconds(lost.time) <= clock.seconds(claimed.time)
-    assert running.client.model("tuned").job == job.id
+    assert ended.output is not None
+    assert running.client.model(ended.output).job == job.id
+
+
+def assert_went_on_from_a_checkpoint(running: Running, job: JobView) -> None:
+    assert_went_on(running, job)
+    first_steps = [event.data["first_step"] for event in jobs.events(running, job.id) if "first_step" in event.data]
+    assert first_steps[0] == 1
+    assert first_steps[-1] > 20
 
 
 ASK = """
@@ -86,8 +92,10 @@ def test_ray_is_asked_whether_a_process_of_another_node_lives(running: Running) 
     assert json.loads(done.stdout.splitlines()[-1]) == [True, False, None, None]
 
 
-def test_a_driver_that_stands_still_is_replaced(running: Running) -> None:
-    job = order(running)
+def test_a_driver_that_stands_still_is_replaced(running: Running, tmp_path: Path) -> None:
+    start = programs.Start(running, tmp_path, programs.publish_points(running, tmp_path))
+    job = start("print('began', flush=True)\ntime.sleep(20)")
+    jobs.wait_for_log(running, job, "began")
     began = of_attempt(job)
     assert jobs.driver(running, job.id) in began
     jobs.driver(running, job.id).suspend()
@@ -107,7 +115,7 @@ def test_a_job_whose_supervisor_in_ray_is_killed_goes_on_as_one(running: Running
     assert ended.state == "completed", jobs.log(running, job.id, "driver")
     # Ray calls it failed at once. Whether the driver outlives that is Ray's affair: where it does, it goes on.
     if ended.attempt == 2:
-        assert_went_on(running, job)
+        assert_went_on_from_a_checkpoint(running, job)
     until(lambda: not processes.is_alive(first), limit_s=60)
 
 
@@ -119,4 +127,4 @@ def test_a_driver_whose_ray_is_killed_ends_with_all_that_it_started_and_the_job_
     until(lambda: not of_attempt(job), limit_s=RAY_GONE_S + 30)
     assert not any(processes.is_alive(process) for process in left)
     local_platform.up(running.settings, num_cpus=2, object_store_memory=200_000_000)
-    assert_went_on(running, job)
+    assert_went_on_from_a_checkpoint(running, job)

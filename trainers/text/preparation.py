@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 from pydantic import Base64Bytes, BaseModel
 
@@ -63,11 +66,8 @@ class Prepared(Frozen):
 def prepare(request: bytes, tell: Callable[[BaseModel, bytes], None]) -> Prepared:
     """Tokenise rows, whose batches are told, and audit them."""
     wish = Wish.model_validate_json(request)
-    # Only now: the first import takes seconds.
-    from transformers import AutoTokenizer
-
     check_references(wish.model)
-    tokenizer = AutoTokenizer.from_pretrained(wish.model, trust_remote_code=False)
+    tokenizer = _load_tokenizer(wish.model)
     if wish.sample is None:
         rows = _encoded(wish, tokenizer, tell)
     else:
@@ -81,6 +81,15 @@ def prepare(request: bytes, tell: Callable[[BaseModel, bytes], None]) -> Prepare
     examples = first_examples(wish.files, wish.hyperparameters, wish.training_type, CHECKED_ROWS)
     options: dict[str, Any] = {"hyperparameters": wish.hyperparameters, "advanced": wish.advanced}
     return Prepared(report=audit(rows, examples, tokenizer, **options, model=model, dataset=dataset))
+
+
+def _load_tokenizer(model: Path) -> Any:
+    """Without torch: no tokenizer needs it, and its import takes longer than all else that a reader begins with."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch
+    sys.modules.setdefault("torch", cast(ModuleType, None))
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
 
 def _encoded(wish: Wish, tokenizer: Any, tell: Callable[[BaseModel, bytes], None]) -> TokenizedRows:
