@@ -263,7 +263,8 @@ class _Training:
             dataset="rows",
             flavor="cpu-small",
             output_model="trained-under-floods",
-            hyperparameters={"train_data_file": "train.jsonl", "num_train_epochs": 1000, "max_seq_length": 256},
+            hyperparameters={"train_data_file": "train.jsonl", "max_seq_length": 256},
+            advanced={"num_train_epochs": 1000},
         )
         self._client, self._job = client, client.submit(order).id
         self._read: str | None = None
