@@ -269,7 +269,7 @@ class _Training:
         self._client, self._job = client, client.submit(order).id
         self._read: str | None = None
         while not self.new_steps():
-            self._check("pending", "running")
+            self._check("pending", "queued", "preparing", "running")
             time.sleep(1)
 
     def new_steps(self) -> int:
