@@ -1,7 +1,9 @@
 """The gate: what a stranger or a client may send and hold. The door behind it is real, Ray is not there."""
 
 import json
+import select
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -261,6 +263,24 @@ def outer_address() -> str:
         except OSError:
             pytest.skip("this machine has no address but loopback")
         return str(probe.getsockname()[0])
+
+
+def test_requests_of_one_peer_at_once_are_bounded(tmp_path: Path) -> None:
+    go, too_many = threading.Event(), 10
+    with echo(tmp_path, go=go) as door, ExitStack() as stack:
+        sent = {stack.enter_context(connect(door, peer="127.0.0.7")) for _ in range(gate.PEER_REQUESTS + too_many)}
+        for connection in sent:
+            connection.sendall(head(door, "GET /held/"))
+        refused: set[socket.socket] = set()
+        while len(refused) < too_many:
+            answered = select.select(list(sent - refused), [], [], LIMIT_S)[0]
+            assert answered
+            refused |= set(answered)
+        for answer in map(receive, refused):
+            assert (answer.status, answer.error(), answer.headers["retry-after"]) == (429, "too_many_requests", "1")
+        assert ask(door, head(door)).status == 200, "another peer is let in"
+        go.set()
+        assert [receive(connection).status for connection in sent - refused] == [200] * gate.PEER_REQUESTS
 
 
 def test_what_a_client_says_about_itself_does_not_reach_serve(gated_door: LiveDoor, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Every number and every text that comes in over HTTP has bounds; what is out of them is refused in the one shape."""
 
 import json
+import math
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
 from serve_app.door import Door
 from tests.support.door_fixture import error_of
@@ -13,6 +15,7 @@ from tunesmith.assets.catalog import publish
 from tunesmith.assets.gallery import Gallery
 from tunesmith.assets.train_params import Method, Parameter
 from tunesmith.bounds import MAX_DEPTH, MAX_WHOLE
+from tunesmith.jobs.spec import TrainSpec
 from tunesmith.records.record import Record
 
 KEYWORDS = ("anyOf", "oneOf", "allOf")
@@ -184,6 +187,12 @@ def test_what_was_asked_for_is_quoted_as_it_may_be_shown(client: TestClient, pat
     answer = client.get(path)
     assert 400 <= answer.status_code < 500 and len(answer.content) < 5000
     assert not any(ord(character) < 32 for character in answer.json()["error"]["message"])
+
+
+@pytest.mark.parametrize("value", [MAX_WHOLE + 1, -MAX_WHOLE - 1, math.inf, "x" * 100_001])
+def test_a_value_is_out_of_bounds_before_anybody_knows_its_name(value: Any) -> None:
+    with pytest.raises(ValidationError, match="must be a whole number|must be a finite|has 100001 characters"):
+        TrainSpec.model_validate({**SPEC, "hyperparameters": {"whatever": value}})
 
 
 CUSTOM = {

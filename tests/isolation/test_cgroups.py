@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,16 +21,12 @@ LIMIT = 128 * MIB
 
 
 @pytest.fixture(autouse=True)
-def counting() -> Iterator[None]:
-    """A group that counts memory can be made here."""
-    group = cgroups.make("probe", tasks=10, memory_bytes=LIMIT)
-    counts = group is not None and group.counts_memory
-    if group is not None:
-        group.remove()
-        assert not group.exists()
-    if not counts:
+def counting() -> None:
+    """A group that counts memory can be made here, as the system says and not the code that makes it."""
+    version_1, version_2 = cgroups.ROOT / "memory", cgroups.ROOT / "cgroup.subtree_control"
+    limits = version_1.is_dir() or (version_2.exists() and "memory" in version_2.read_text().split())
+    if not limits or not os.access(version_1 if version_1.is_dir() else cgroups.ROOT, os.W_OK):
         pytest.skip("no control group for memory can be made here")
-    yield
 
 
 def start(folder: Path, code: str) -> Program:

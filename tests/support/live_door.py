@@ -3,6 +3,7 @@
 And the command line, run against it in the test's own process.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import uvicorn
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -91,9 +93,15 @@ def gated_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveDoor]:
 
 
 @contextmanager
-def echo(home: Path) -> Iterator[LiveDoor]:
-    """A gate before what answers with the headers that it got."""
-    app = Starlette(routes=[Route("/{path:path}", lambda request: JSONResponse(request.headers.items()))])
+def echo(home: Path, *, go: threading.Event | None = None) -> Iterator[LiveDoor]:
+    """A gate before what answers with the headers that it got; under /held/, once it may `go`."""
+
+    async def answer(request: Request) -> JSONResponse:
+        while go is not None and request.url.path.startswith("/held/") and not go.is_set():
+            await asyncio.sleep(0.02)
+        return JSONResponse(request.headers.items())
+
+    app = Starlette(routes=[Route("/{path:path}", answer)])
     with _gated(home) as (settings, listener):
         prepare(settings)
         store, storage = RecordStore(settings.database_url), open_storage(settings.storage_url, settings)
