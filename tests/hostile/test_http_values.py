@@ -191,7 +191,7 @@ def test_what_was_asked_for_is_quoted_as_it_may_be_shown(client: TestClient, pat
 
 @pytest.mark.parametrize("value", [MAX_WHOLE + 1, -MAX_WHOLE - 1, math.inf, "x" * 100_001])
 def test_a_value_is_out_of_bounds_before_anybody_knows_its_name(value: Any) -> None:
-    with pytest.raises(ValidationError, match="must be a whole number|must be a finite|has 100001 characters"):
+    with pytest.raises(ValidationError, match=r"must be a whole number|must be a finite|has 100001 characters"):
         TrainSpec.model_validate({**SPEC, "hyperparameters": {"whatever": value}})
 
 
