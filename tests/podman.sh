@@ -1,9 +1,10 @@
 #!/bin/sh
 # Installs what the tests of images need of the system, where root may and anything is missing. Without it they skip.
+# crun makes containers where the platform is no root.
 set -eu
 PATH="$PATH:/usr/sbin:/sbin"
 missing=""
-for name in podman runc catatonit debootstrap; do
+for name in podman runc crun catatonit debootstrap; do
     command -v "$name" >/dev/null || missing="$missing $name"
 done
 [ -z "$missing" ] && exit 0

@@ -41,7 +41,12 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def debian_image(podman: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A docker-archive: a small Debian with python3, and `FROM_IMAGE=yes` in its environment."""
+    """A docker-archive: a small Debian with python3, and `FROM_IMAGE=yes` in its environment.
+
+    DEBIAN_IMAGE names one that root has made before, for an ordinary user.
+    """
+    if made := os.environ.get("DEBIAN_IMAGE"):
+        return Path(made)
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     if os.geteuid() != 0 or shutil.which("debootstrap", path=path) is None:
         _skip("a Debian image is made by debootstrap, as root; tests/podman.sh installs it")

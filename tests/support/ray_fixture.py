@@ -1,7 +1,6 @@
 """A whole local platform as `tunesmith up` starts it (Ray, door, reconciler), in its own home and on its own ports."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from unittest import mock
 import pytest
 
 from benchmarks.s3_server import free_ports
+from trainers.isolation import outputs
 from tunesmith.api.client import Client
 from tunesmith.local import local_platform
 from tunesmith.settings import Settings
@@ -72,7 +72,7 @@ def _own_settings(env: Mapping[str, str]) -> Iterator[Settings]:
         yield settings
     finally:
         local_platform.down(settings)
-        shutil.rmtree(home)
+        outputs.remove(home)
 
 
 @contextmanager

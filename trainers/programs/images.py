@@ -266,7 +266,8 @@ def _run(
         # The same users in a namespace of their own: there, root is nobody to the node's kernel.
         fixed |= {"uidmap": "0:0:65536", "gidmap": "0:0:65536", "pids-limit": str(MAX_PROCESSES)}
     else:
-        fixed |= {"cgroups": "disabled"}
+        # The runtime would show an empty folder in place of the groups, which the program could fill with memory.
+        fixed |= {"cgroups": "disabled", "security-opt": f"mask={_CGROUPS}"}
     run = [podman.path, "run", *(f"--{name}={text}" for name, text in fixed.items())]
     run += ["--security-opt=no-new-privileges", f"--security-opt=seccomp={folder / 'seccomp.json'}"]
     run += [f"--ulimit={text}" for text in _limits(room)]
