@@ -104,3 +104,21 @@ def test_an_entry_that_goes_while_it_is_asked_for_is_made_anew(settings: Setting
     assert not caches._remove_unused(place)
     caches.release(place)
     assert caches._remove_unused(place)
+
+
+def test_what_is_deleted_may_be_deep_and_shut(tmp_path: Path) -> None:
+    deep = "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')"
+    subprocess.run([sys.executable, "-c", deep], cwd=tmp_path, check=True)
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "shut" / "file").touch()
+    (tmp_path / "shut").chmod(0)
+    caches.delete(tmp_path)
+    assert not tmp_path.exists()
+    caches.delete(tmp_path)
+
+
+def test_of_a_link_only_itself_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    caches.delete(tmp_path / "link")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

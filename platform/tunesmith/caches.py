@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import shutil
 import subprocess
 import threading
 import time
@@ -186,7 +185,7 @@ def _remove_unused(path: Path) -> bool:
         # At once out of sight of those who look for it.
         gone = path.with_name(f".gone-{os.getpid()}-{time.monotonic_ns()}")
         path.rename(gone)
-        _delete(gone)
+        delete(gone)
         _lock_file(path).unlink(missing_ok=True)
         return True
     except OSError as error:
@@ -196,11 +195,10 @@ def _remove_unused(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _delete(path: Path) -> None:
-    """Delete what a user's program may have written, too: folders that nobody may enter among it."""
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    if path.exists():
-        for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+def delete(path: Path) -> None:
+    """Delete what a user's program may have written, however deep it is and whatever rights its files have."""
+    for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+        if os.path.lexists(path):
             subprocess.run([*command, "--", path], check=False, capture_output=True)
 
 

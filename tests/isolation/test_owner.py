@@ -12,6 +12,7 @@ from trainers.isolation import outputs, owner, sandbox
 from trainers.isolation.networks import own_network
 from trainers.isolation.program import Program
 from trainers.isolation.sandbox import Room
+from tunesmith import caches
 from tunesmith.settings import Settings
 
 pytestmark = [
@@ -106,7 +107,7 @@ def test_what_a_program_makes_is_its_own_and_the_platform_reads_and_removes_it(t
     found: dict[str, bytes] = {}
     outputs.store(out, lambda local, path: found.setdefault(path, local.read_bytes()))
     assert found == {"d/x": b"1", "y": b"2"}
-    outputs.remove(out)
+    caches.delete(out)
     assert not out.exists()
 
 

@@ -20,7 +20,6 @@ import pytest
 from tests.isolation import hostile_program
 from tests.isolation.hostile_rooms import SYSTEM_CALLS
 from tests.support import galleries
-from trainers.isolation import outputs
 from trainers.isolation.bubblewrap import IsolationError
 from trainers.isolation.networks import own_network
 from trainers.isolation.program import Program
@@ -28,7 +27,7 @@ from trainers.isolation.sandbox import Network, Room
 from trainers.programs import images
 from trainers.programs.images import Image, Podman
 from trainers.programs.program_log import ProgramLog
-from tunesmith import processes
+from tunesmith import caches, processes
 from tunesmith.assets.cards import read_card
 from tunesmith.assets.gallery import read_gallery
 from tunesmith.assets.image_references import parse_image
@@ -345,7 +344,7 @@ def test_a_program_in_an_image_ends_with_all_it_began_and_leaves_nothing(store: 
     assert [process for process in belonging if processes.is_alive(process)] == []
     assert cgroups(place) == []
     assert str(place.folder) not in Path("/proc/mounts").read_text()
-    outputs.remove(place.container)
+    caches.delete(place.container)
     assert not place.container.exists()
 
 

@@ -26,7 +26,7 @@ from trainers.programs import environments
 from trainers.programs.environments import Environment, own_environment
 from trainers.programs.metrics_file import MAX_POINTS, MAX_QUOTED, MetricsFile, Point
 from trainers.programs.program_log import MAX_LINE_BYTES, ProgramLog
-from tunesmith import processes
+from tunesmith import caches, processes
 from tunesmith.errors import OutOfMemoryError, SpecError
 from tunesmith.settings import Settings
 from tunesmith.storage.folder import FolderStorage
@@ -158,7 +158,7 @@ def test_a_program_hides_nothing_on_the_disk(tmp_path: Path, code: str, words: s
     with running(tmp_path, code) as program, pytest.raises(SpecError, match=words) as caught:
         check(program, disk=20 << 20)
     assert caught.value.code == "too_much_output"
-    outputs.remove(tmp_path / "out")
+    caches.delete(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

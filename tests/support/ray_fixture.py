@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from benchmarks.s3_server import free_ports
-from trainers.isolation import outputs
+from tunesmith import caches
 from tunesmith.api.client import Client
 from tunesmith.local import local_platform
 from tunesmith.settings import Settings
@@ -72,7 +72,7 @@ def _own_settings(env: Mapping[str, str]) -> Iterator[Settings]:
         yield settings
     finally:
         local_platform.down(settings)
-        outputs.remove(home)
+        caches.delete(home)
 
 
 @contextmanager

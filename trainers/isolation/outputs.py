@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,13 +46,6 @@ def scan(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     except FileNotFoundError:
         return
     yield from _scan(descriptor, "", MAX_DEPTH)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder that a program has written to, however deep it is and whatever rights its files have."""
-    for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
-        if folder.exists():
-            subprocess.run([*command, "--", folder], check=False, capture_output=True)
 
 
 def store(

@@ -25,7 +25,7 @@ from typing import IO, Any, Generic, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from trainers.isolation import outputs, sandbox
+from trainers.isolation import sandbox
 from trainers.isolation.bubblewrap import IsolationError
 from trainers.isolation.program import Program
 from trainers.isolation.reader_process import MEMORY_BYTES, UNEXPECTED
@@ -216,7 +216,7 @@ def _folders(settings: Settings) -> Iterator[tuple[Path, Path, Path]]:
                 folder.mkdir()
             yield given, own, temporary
         finally:
-            outputs.remove(place)
+            caches.delete(place)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def own_environment(
             try:
                 _build(folder, requirements, settings=settings, log=log, watch=watch, memory_bytes=memory_bytes)
             except BaseException:
-                outputs.remove(folder)
+                caches.delete(folder)
                 raise
         else:
             log.write(b"the environment of these requirements is there already")
@@ -87,7 +87,7 @@ def _build(
     watch: Callable[[Program], None],
     memory_bytes: int | None,
 ) -> None:
-    outputs.remove(folder)
+    caches.delete(folder)
     packages, source, temporary = (folder / name for name in ("packages", "source", "tmp"))
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", packages], check=True, capture_output=True)
     (place,) = packages.glob("lib/python*/site-packages")
@@ -123,7 +123,7 @@ def _build(
             code="requirements_failed",
         )
     for left in (source, temporary):
-        outputs.remove(left)
+        caches.delete(left)
     owner.take_back([packages])
     partial = folder / f"{LOCK}.partial"
     partial.write_text(lock(packages))

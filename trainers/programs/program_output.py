@@ -15,6 +15,7 @@ from trainers.attempt.publication import LOGS, NewFiles, Upload, refuse_fenced, 
 from trainers.isolation import outputs
 from trainers.programs.program_task import ProgramTask
 from trainers.registration.model_check import look_for_language_model
+from tunesmith import caches
 from tunesmith.assets.cards import FILE as CARD
 from tunesmith.assets.gallery import FOLDER
 from tunesmith.errors import NotFoundError, TunesmithError
@@ -139,7 +140,7 @@ def output_kept(worker: ProgramTask, storage: Storage, folder: Path, settings: S
 
 def _clean(worker: ProgramTask, settings: Settings) -> None:
     """After the last worker: remove what the run has left on this node."""
-    outputs.remove(worker.folder(settings))
+    caches.delete(worker.folder(settings))
     worker.network_file(settings).unlink(missing_ok=True)
 
 

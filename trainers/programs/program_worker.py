@@ -78,13 +78,13 @@ def run_program(worker: ProgramTask) -> Iterator[Said]:
         raise
     except TunesmithError as error:
         if error.code == "too_much_output":
-            outputs.remove(worker.folder(settings) / "output")
+            caches.delete(worker.folder(settings) / "output")
             storage.delete_folder(layout.program_output(worker.job.id, worker.attempt))
         yield Said(result=attempts.failure(error))
     finally:
         # The output of worker 0 is stored first.
         if worker.rank != 0:
-            outputs.remove(worker.folder(settings))
+            caches.delete(worker.folder(settings))
 
 
 def free_port() -> int:
@@ -111,7 +111,7 @@ class _Run:
         end_earlier(self._job.id, self._worker.attempt)
         for left in self._folder.parent.glob(f"{self._job.id}-a*-{self._worker.rank}"):
             images.remove_cgroups(left / CONTAINER)
-            outputs.remove(left)
+            caches.delete(left)
         caches.hold(self._folder)
         for name in ("output", "metrics", "tmp"):
             (self._folder / name).mkdir(mode=0o700, parents=True)
