@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -429,6 +430,16 @@ def test_an_image_that_cannot_be_had_says_what_podman_said(tmp_path: Path) -> No
     unreachable = "localhost:9/train:1"
     with pytest.raises(SpecError, match="localhost:9/train:1 could not be fetched"):
         place.fetch(unreachable)
+
+
+@pytest.mark.parametrize(
+    "name", ["run.oci.seccomp_bpf_data", "run.oci.handler", "org.systemd.property.X", "io.podman.x"]
+)
+def test_an_image_gives_no_orders_to_what_makes_its_container(name: str) -> None:
+    images._check_annotations("x", {"org.opencontainers.image.title": "fine"})
+    with pytest.raises(SpecError, match=re.escape(name)) as caught:
+        images._check_annotations("x", {"org.opencontainers.image.title": "fine", name: "BgAAAAAA/38="})
+    assert caught.value.code == "image_failed"
 
 
 def test_a_node_without_podman_says_so(tmp_path: Path) -> None:

@@ -74,6 +74,17 @@ def test_the_output_of_a_run_that_made_no_model_is_kept_with_the_job(
     assert storage.get(f"{layout.program_output(worker.job.id, 1)}/weights.bin") == b"learnt"
 
 
+def test_of_a_run_that_made_no_model_and_too_much_output_nothing_is_kept(
+    worker: ProgramTask, storage: FolderStorage, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_PROGRAM_DISK_GIB", "1")
+    with (worker.folder(settings) / "output" / "hole").open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    assert keep_output(worker) == []
+    assert not worker.folder(settings).exists()
+    assert list(storage.entries(layout.program_output(worker.job.id, 1))) == []
+
+
 HONEST = {
     "README.md",
     "gallery_train/dataset_readme.md",

@@ -325,6 +325,17 @@ def test_few_malformed_lines_are_quoted_and_all_are_counted(tmp_path: Path) -> N
     assert all(len(text) < 1000 for text in look.malformed)
 
 
+@pytest.mark.parametrize("line", [b"1|%sx", b"1|%s.%s|x", b"%s", b"1|1e%s|x", b"1|1|%s", b" %s"])
+@pytest.mark.parametrize("filler", [b"1", b" ", b"."])
+def test_a_line_without_an_end_takes_no_time_to_refuse(tmp_path: Path, line: bytes, filler: bytes) -> None:
+    """Where its digits could be divided in many ways, the time would grow with the square of its length: to days."""
+    path = tmp_path / "metrics"
+    path.write_bytes(b"1|0.5|10\n" + line.replace(b"%s", filler * 900_000) + b"\n2|0.5|10\n")
+    metrics = MetricsFile(path)
+    assert [point.step for point in metrics.look().points] == [1, 2]
+    assert metrics.malformed_lines == (line.strip() != b"%s" or filler != b" ")
+
+
 def test_a_metrics_file_that_is_a_link_or_a_pipe_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("1|2|3\n")
     (tmp_path / "link").symlink_to(tmp_path / "secret")
@@ -354,7 +365,7 @@ def test_no_link_of_an_output_is_followed(tmp_path: Path) -> None:
 def test_a_copy_of_the_output_follows_what_is_whole(tmp_path: Path) -> None:
     output, storage = tmp_path / "output", FolderStorage(tmp_path / "storage")
     output.mkdir()
-    copy = outputs.Copy(storage, output, "x")
+    copy = outputs.Copy(storage, output, "x", size_bytes=1 << 20)
     (output / "a").write_text("1")
     copy.update()
     assert list(storage.entries()) == [], "it may still be written to"

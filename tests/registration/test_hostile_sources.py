@@ -373,5 +373,9 @@ def test_of_what_a_conversion_leaves_only_plain_files_are_taken(settings: Settin
     (own / ".hidden.json").write_text("{}")
     (own / "deep" / "tokenizer.json").write_text("{}")
     (settings.home / "tmp").mkdir(parents=True)
+    # In the folder of a program's output, which may be converted too, a link may have the name.
+    (tmp_path / "victim").write_text("untouched")
+    (folder / "model.safetensors").symlink_to(tmp_path / "victim")
     model_check._take_converted(folder, own)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"model.safetensors": b"weights"}
+    assert (tmp_path / "victim").read_text() == "untouched"

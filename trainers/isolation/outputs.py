@@ -39,6 +39,16 @@ def walk(folder: Path) -> Walk:
     return found
 
 
+def fits(folder: Path, *, size_bytes: int) -> bool:
+    """Whether all that lies below `folder` is no more than that, and no more than MAX_FILES; holes count as well."""
+    total = 0
+    for number, (_, status) in enumerate(scan(folder), start=1):
+        total += status.st_size
+        if number > MAX_FILES or total > size_bytes:
+            return False
+    return True
+
+
 def scan(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Path and status of all that lies below `folder`, however much; folders at MAX_DEPTH are not entered."""
     try:
@@ -78,13 +88,16 @@ class Copy:
     that are gone are deleted.
     """
 
-    def __init__(self, storage: Storage, folder: Path, prefix: str) -> None:
-        self._storage, self._folder, self._prefix = storage, folder, prefix
+    def __init__(self, storage: Storage, folder: Path, prefix: str, *, size_bytes: int) -> None:
+        """`size_bytes`: nothing is stored while the folder has more."""
+        self._storage, self._folder, self._prefix, self._size_bytes = storage, folder, prefix, size_bytes
         self._seen: dict[str, tuple[int, int]] = {}
         self._stored: dict[str, tuple[int, int]] = {}
 
     def update(self, is_done: Callable[[], bool] = lambda: False) -> None:
         """Look once, and store what is new until `is_done`. StorageError where storage does not take it."""
+        if not fits(self._folder, size_bytes=self._size_bytes):
+            return
         now = {path: (status.st_size, status.st_mtime_ns) for path, status in walk(self._folder).files.items()}
         for path, state in sorted(now.items()):
             if is_done():

@@ -139,7 +139,8 @@ def _key(requirements: Path) -> str:
         p for p in requirements.parent.rglob("*") if p.is_file() and p != requirements.with_name("train.py")
     ):
         sha256.update(f"{path.relative_to(requirements.parent)}\0{path.stat().st_size}\0".encode())
-        sha256.update(hashlib.sha256(path.read_bytes()).digest())
+        with path.open("rb") as file:
+            sha256.update(hashlib.file_digest(file, "sha256").digest())
     return sha256.hexdigest()[:32]
 
 

@@ -39,11 +39,14 @@ from tunesmith.assets.image_references import RESOURCE, parse_image
 from tunesmith.assets.sources import check_path
 from tunesmith.errors import SpecError
 from tunesmith.settings import Settings
+from tunesmith.visible_text import visible
 
 MAX_PROCESSES = 16384
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CGROUPS = Path("/sys/fs/cgroup")
+_ORDERS = ("run.oci.", "module.wasm.", "org.criu.", "org.systemd.", "io.podman.", "io.containers.")
+"""How annotations begin that crun, runc or podman act on."""
 _SECCOMP = ("/etc/containers/seccomp.json", "/usr/share/containers/seccomp.json")
 _SHARED_MEMORY = "8g"
 _FETCHING = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -114,8 +117,21 @@ def fetch_image(
                 code="image_failed",
             )
         (found,) = json.loads(said.read_bytes())
+    _check_annotations(url, found.get("Annotations") or {})
     caches.keep_bounds(settings)
     return Image(url, id=found["Id"], digest=found["Digest"])
+
+
+def _check_annotations(url: str, annotations: Mapping[str, str]) -> None:
+    """SpecError for annotations that podman hands on to the runtime as orders, the filter of system calls among it."""
+    orders = sorted(name for name in annotations if name.startswith(_ORDERS))
+    if orders:
+        raise SpecError(
+            f"the image {url} has the annotation {visible(orders[0], limit=100)}, which would steer the program that "
+            "makes its container",
+            hint=f"make the image without annotations that begin with {', '.join(_ORDERS)}",
+            code="image_failed",
+        )
 
 
 def launch(

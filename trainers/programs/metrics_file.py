@@ -21,8 +21,11 @@ _MAX_LINE_BYTES = 4096
 _READ_BYTES = 1 << 20
 _READS = 64
 
-_NUMBER = rb"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_TEXT = rb"[ \t]*(\d{1,15})[ \t]*\|[ \t]*(" + _NUMBER + rb"|nan|[-+]?inf)[ \t]*\|[ \t]*(" + _NUMBER + rb")[ \t]*\r?"
+# Possessive, so that a line that does not match takes no longer than one that does.
+_NUMBER = rb"[-+]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d++)?"
+_GAP = rb"[ \t]*+"
+_TEXT = _GAP + rb"(\d{1,15})" + _GAP + rb"\|" + _GAP + rb"(" + _NUMBER + rb"|nan|[-+]?inf)" + _GAP
+_TEXT += rb"\|" + _GAP + rb"(" + _NUMBER + rb")" + _GAP + rb"\r?"
 _LINE = re.compile(_TEXT, re.IGNORECASE)
 _LINES = re.compile(rb"(?:" + re.sub(rb"\((?!\?)", b"(?:", _TEXT) + rb"\n)*+", re.IGNORECASE)
 """Lines that are all well-formed: of very many, only those are parsed that are kept."""
@@ -95,7 +98,8 @@ class MetricsFile:
         text = self._rest + data
         *lines, self._rest = text.split(b"\n")
         found = []
-        if not self._too_long and _LINES.fullmatch(text, 0, len(text) - len(self._rest)):
+        are_short = all(len(line) <= _MAX_LINE_BYTES for line in lines)
+        if are_short and not self._too_long and _LINES.fullmatch(text, 0, len(text) - len(self._rest)):
             self._number += len(lines)
             self.seen = self.seen or bool(lines)
             found = [match for line in _evenly(lines) if (match := _LINE.fullmatch(line))]
@@ -103,7 +107,7 @@ class MetricsFile:
         for line in lines:
             self._number += 1
             self.seen = True
-            match = None if self._too_long else _LINE.fullmatch(line)
+            match = None if self._too_long or len(line) > _MAX_LINE_BYTES else _LINE.fullmatch(line)
             self._too_long = False
             if match is not None:
                 found.append(match)

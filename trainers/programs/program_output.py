@@ -94,11 +94,15 @@ def drop_output(worker: ProgramTask) -> None:
 
 
 def keep_output(worker: ProgramTask) -> list[str]:
-    """Store what a run that made no model has left as the attempt's own; the paths."""
+    """Store what a run that made no model has left as the attempt's own; the paths. None of more than is allowed."""
     settings = Settings.from_env()
     storage, prefix = open_patiently(worker.storage_url, settings), layout.program_output(worker.job.id, worker.attempt)
     folder = worker.folder(settings) / "output"
-    kept, _ = outputs.store(folder, lambda local, path: storage.upload_file(local, f"{prefix}/{path}"))
+    kept: list[str] = []
+    if outputs.fits(folder, size_bytes=settings.program_disk_gib << 30):
+        kept, _ = outputs.store(folder, lambda local, path: storage.upload_file(local, f"{prefix}/{path}"))
+    else:
+        storage.delete_folder(prefix)
     _clean(worker, settings)
     return kept
 
@@ -120,7 +124,7 @@ def output_kept(worker: ProgramTask, storage: Storage, folder: Path, settings: S
         yield
         return
     key = layout.program_output(worker.job.id, worker.attempt)
-    copy, done = outputs.Copy(storage, folder, key), threading.Event()
+    copy, done = outputs.Copy(storage, folder, key, size_bytes=settings.program_disk_gib << 30), threading.Event()
 
     def keep() -> None:
         while not done.wait(min(COPY_S, 6 * settings.segment_s)):

@@ -135,6 +135,9 @@ def _take_converted(folder: Path, own: Path) -> None:
         return
     for name in names:
         with outputs.opened(own, name) as (descriptor, _):
-            shutil.copyfile(f"/proc/self/fd/{descriptor}", folder / name)
+            # In the folder of a program's output a link may have the name.
+            (folder / name).unlink(missing_ok=True)
+            with Path(f"/proc/self/fd/{descriptor}").open("rb") as made, (folder / name).open("xb") as put:
+                shutil.copyfileobj(made, put)
     for file in folder.glob("*.gguf"):
         file.unlink()

@@ -27,6 +27,8 @@ from tunesmith.storage.base import Storage
 MEMORY_BYTES = 2 << 30
 _PER_TOKENIZER_BYTE = 60
 """What a byte of a tokenizer's files takes in memory at the very most."""
+_LARGEST_TOKENIZER_BYTES = 64 << 20
+"""What counts of them: the largest that is known has 34 MB."""
 SILENCE_S = 300.0
 """For a block of rows, about 1 MiB of text."""
 
@@ -153,7 +155,7 @@ def _read(rows: Rows, work: Work, *, audit_for: str | None, sample: Sample | Non
         answer=Prepared,
         readable=[model.folder, *dict.fromkeys(file.path.parent for file in rows.files)],
         limits=Limits(
-            memory_bytes=MEMORY_BYTES + _PER_TOKENIZER_BYTE * tokenizer_bytes,
+            memory_bytes=MEMORY_BYTES + _PER_TOKENIZER_BYTE * min(tokenizer_bytes, _LARGEST_TOKENIZER_BYTES),
             time_s=LONGEST_BUILD_S,
             silence_s=SILENCE_S,
             cpus=work.processes,
