@@ -12,7 +12,7 @@ import pytest
 from tests.isolation import hostile_reader
 from tests.isolation.hostile_reader import Answer, Question
 from tests.support.waiting import until
-from trainers.isolation import bubblewrap, readers
+from trainers.isolation import bubblewrap, outputs, readers
 from trainers.isolation.bubblewrap import IsolationError
 from trainers.isolation.readers import Limits, Reading
 from tunesmith import processes
@@ -206,7 +206,7 @@ def test_only_who_asks_takes_what_a_reader_leaves_and_follows_no_link(settings: 
     taken: list[str] = []
 
     def take(own: Path) -> None:
-        taken.extend(readers.outputs.walk(own).files)
+        taken.extend(outputs.walk(own).files)
         assert not _sleepers()
 
     readers.read(reading("leaves_links"), settings=settings, take=take)

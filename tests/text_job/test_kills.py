@@ -34,7 +34,7 @@ HYPERPARAMETERS = {
 }
 ADVANCED = {"packing": "off", "save_total_limit": 10}
 TOLERANCE = 1e-5
-HANG_TIMEOUT_S = 10.0
+HANG_TIMEOUT_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +146,12 @@ def test_workers_that_hang_say_where_and_go_on_from_the_checkpoint(running: Runn
     assert {spoke, silent} == {0, 1}
     assert told.message is not None
     assert told.message.startswith(
-        f"the workers hung (no progress for 10 s: worker {spoke} said where they stood, in their logs; "
+        f"the workers hung (no progress for 20 s: worker {spoke} said where they stood, in their logs; "
         f"worker {silent} said nothing); restart 1 goes on from step {told.data['resumed_from_step']}, "
     )
     assert told.data["resumed_from_step"] >= 10
     log = jobs.log(running, job.id, str(spoke))
-    assert "no progress for 10 s, this worker ends; it stood here:" in log
+    assert "no progress for 20 s, this worker ends; it stood here:" in log
     # In a collective, or where Ray waits for the reports of all.
     assert "all_reduce" in log or "ray.train.report(" in log
     assert "thread stop:" in log

@@ -23,12 +23,12 @@ from tunesmith.local import local_platform
 
 pytestmark = pytest.mark.ray
 
-ENV = {"TUNESMITH_HEARTBEAT_S": "1", "TUNESMITH_STORAGE_PATIENCE_S": "5", "TUNESMITH_SEGMENT_S": "0.2"}
+ENV = {"TUNESMITH_HEARTBEAT_S": "2", "TUNESMITH_STORAGE_PATIENCE_S": "5", "TUNESMITH_SEGMENT_S": "0.2"}
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A platform whose drivers promise to end after 8 s of silence, and are called silent after 3 s."""
+    """A platform whose drivers promise to end after 11 s of silence, and are called silent after 6 s."""
     with running_platform(ENV, door=True) as running:
         jobs.publish_sources(running, tmp_path_factory.mktemp("sources"))
         yield running
