@@ -378,6 +378,11 @@ def test_a_copy_of_the_output_follows_what_is_whole(tmp_path: Path) -> None:
     (output / "a").unlink()
     copy.update()
     assert list(storage.entries()) == []
+    with (output / "b").open("wb") as file:
+        file.truncate((1 << 20) + 1)
+    copy.update()
+    copy.update()
+    assert list(storage.entries()) == [], "it is more than is allowed"
 
 
 @contextmanager
